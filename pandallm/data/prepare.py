@@ -1,0 +1,338 @@
+"""`panda data prepare`: corpora -> packed token shards. Outside torch.distributed, in parallel, resumable.
+
+Each corpus file becomes a part (tokenize.py); then duplicates are left out, sources mixed and documents packed, which
+needs only their lengths. The result is the same bytes whatever the number of workers and however often it was killed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
+
+from pandallm import config, files, log, prompt
+from pandallm import tokenizer as tokenizers
+from pandallm.config import Config, UserError
+from pandallm.data import mix, pack, read, shards, sources, tokenize
+from pandallm.model.load import resolve
+
+
+class Source(Config):
+    """One corpus of the mixture."""
+
+    name: str
+    path: str  # a file, or a folder whose files are all read
+    format: str = "auto"  # a name of sources.LAYOUTS
+    instruction: str | list[str] = []  # replaces the corpus's fixed one; of several, one is drawn a record
+    epochs: float | None = Field(None, ge=0)
+    weight: float | None = Field(None, gt=0, le=1)  # share of the trained tokens
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w-]+", value):
+            raise ValueError("letters, digits, _ and - only: it names files")
+        return value
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value != "auto" and value not in sources.LAYOUTS:
+            raise ValueError(f"not one of auto, {', '.join(sources.LAYOUTS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Source:
+        if self.epochs is not None and self.weight is not None:
+            raise ValueError("give epochs or weight, not both")
+        return self
+
+
+class Clean(Config):
+    script: Literal["keep"] = "keep"
+
+
+class Dedup(Config):
+    exact: bool = True  # over all sources, white space aside; the first of the config's order stays
+    near: Literal[False] = False
+
+
+class PrepareConfig(Config):
+    """A mixture: what `panda data prepare` reads."""
+
+    tokenizer: str
+    chat_format: prompt.ChatFormat = "chatml"
+    pad_token: str | None = None  # added where the tokenizer has no pad token, as the original did
+    seq_len: int = Field(2048, ge=8)
+    packing: Literal["best_fit", "none"] = "best_fit"
+    out: str
+    seed: int = 42
+    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    max_bad: float = Field(0.01, ge=0, le=1)  # share of a source's records that may be unreadable
+    sources: list[Source] = Field(min_length=1)
+    clean: Clean = Clean()
+    dedup: Dedup = Dedup()
+    decontaminate: list[str] = Field([], max_length=0)
+
+    @field_validator("sources")
+    @classmethod
+    def _names_differ(cls, value: list[Source]) -> list[Source]:
+        twice = [name for name, n in Counter(source.name for source in value).items() if n > 1]
+        if twice:
+            raise ValueError(f"two sources are called '{twice[0]}'")
+        return value
+
+
+def run(path: str, overrides: list[str]) -> dict[str, Any]:
+    """Prepares the shards a config asks for; returns their manifest. A finished run is found and left alone."""
+    conf = config.load(PrepareConfig, path, overrides)
+    out = Path(conf.out)
+    corpus = [(source, read.files_of(Path(source.path), f"{path}: source {source.name}")) for source in conf.sources]
+    tokenizer = tokenizers.load(resolve(conf.tokenizer))
+    if conf.pad_token:
+        tokenizers.add_pad(tokenizer, conf.pad_token)
+    prompt.set_format(tokenizer, conf.chat_format)
+    jobs = _jobs(conf, corpus, tokenizers.fingerprint(tokenizer), len(tokenizer))
+    fingerprint = files.hash_json([conf.model_dump(exclude={"workers"}), [job.fingerprint() for job in jobs]])
+    state = out / "prepare.json"
+    if state.exists() and files.read_json(state)["fingerprint"] == fingerprint and (out / "manifest.json").exists():
+        manifest = shards.Shards(out).manifest
+        log.say(f"{out}: prepared already: {manifest['rows']} rows, {manifest['trained_tokens']} trained tokens")
+        return manifest
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    (out / "manifest.json").unlink(missing_ok=True)  # until the new one: nobody trains on half of each
+    done = _tokenize(jobs, conf)
+    try:
+        counts = _count(conf, jobs, done)
+        manifest = _assemble(conf, jobs, done, counts)
+    except UserError:
+        _remove(out, keep=set())
+        raise
+    manifest["tokenizer_hash"] = jobs[0].tokenizer_hash
+    files.write_json(out / "manifest.json", manifest)
+    files.write_json(state, {"fingerprint": fingerprint})
+    _remove(out, keep={job.name for job in jobs})
+    _report(out, manifest)
+    return manifest
+
+
+def _jobs(
+    conf: PrepareConfig, corpus: list[tuple[Source, list[Path]]], tokenizer_hash: str, vocab_size: int
+) -> list[tokenize.Job]:
+    return [
+        tokenize.Job(
+            name=f"{source.name}-{number:05d}",
+            source=source.name,
+            file=str(file),
+            layout=source.format,
+            instruction=(source.instruction,) if isinstance(source.instruction, str) else tuple(source.instruction),
+            tokenizer=conf.tokenizer,
+            tokenizer_hash=tokenizer_hash,
+            chat_format=conf.chat_format,
+            vocab_size=vocab_size,
+            seq_len=conf.seq_len,
+            seed=conf.seed,
+            out=conf.out,
+        )
+        for source, paths in corpus
+        for number, file in enumerate(paths)
+    ]
+
+
+_worker: dict[str, Any] = {}  # the tokenizer of a worker process
+
+
+def _start_worker(name: str, chat_format: prompt.ChatFormat, pad_token: str | None) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
+    tokenizer = tokenizers.load(resolve(name))
+    if pad_token:
+        tokenizers.add_pad(tokenizer, pad_token)
+    tokenizer.chat_template = prompt.template(chat_format, tokenizer)
+    _worker["tokenizer"] = tokenizer
+
+
+def _work(job: tokenize.Job) -> dict[str, Any]:
+    return tokenize.run(job, _worker["tokenizer"])
+
+
+def _tokenize(jobs: list[tokenize.Job], conf: PrepareConfig) -> list[dict[str, Any]]:
+    """Runs the jobs, in processes if there are several of each; results in the jobs' order."""
+    start = partial(_start_worker, conf.tokenizer, conf.chat_format, conf.pad_token)
+    workers = min(conf.workers, len(jobs))
+    if workers == 1 or sum(Path(job.file).stat().st_size for job in jobs) < 4_000_000:
+        start()  # starting processes would take longer than the work
+        return [_work(job) for job in jobs]
+    context = multiprocessing.get_context("spawn")  # a forked tokenizer with threads may hang
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start) as pool:
+        return list(pool.map(_work, jobs))
+
+
+def _count(conf: PrepareConfig, jobs: list[tokenize.Job], done: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Counts of each source. UserError when more of it than `max_bad` could not be read."""
+    counts: dict[str, dict[str, Any]] = {}
+    for source in conf.sources:
+        mine = [d for job, d in zip(jobs, done, strict=True) if job.source == source.name]
+        read_ = sum(d["read"] for d in mine)
+        dropped: Counter[str] = sum((Counter(d["dropped"]) for d in mine), Counter())
+        notes: Counter[str] = sum((Counter(d["notes"]) for d in mine), Counter())
+        bad = sum(dropped[cause] for cause in sources.BAD)
+        shown = [line for d in mine for line in d["bad"]][: tokenize.SHOWN]
+        if bad > conf.max_bad * read_:
+            raise UserError(f"{shown[0]} ({bad} of {read_} records of {source.name} are bad; max_bad is {conf.max_bad})")
+        for line in shown:
+            log.warn(line)
+        counts[source.name] = {"read": read_, "dropped": dropped, "notes": notes}
+    return counts
+
+
+def _assemble(
+    conf: PrepareConfig,
+    jobs: list[tokenize.Job],
+    done: list[dict[str, Any]],
+    counts: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Leaves out duplicates, mixes, packs, and writes the rows; returns the manifest."""
+    out = Path(conf.out)
+    documents = [shards.read_flat(out / f"parts/{job.name}.documents.bin", shards.DOCUMENT) for job in jobs]
+    records = [shards.read_flat(out / f"parts/{job.name}.records.bin", shards.RECORD) for job in jobs]
+    keep = _first_occurrences(records) if conf.dedup.exact else [np.ones(len(r), bool) for r in records]
+    trained: dict[str, int] = {source.name: 0 for source in conf.sources}
+    for job, docs, kept in zip(jobs, documents, keep, strict=True):
+        counts[job.source]["dropped"]["duplicate"] += int((~kept).sum())
+        trained[job.source] += int(docs["trained"][kept[docs["record"]]].sum())
+    weights = [s.weight for s in conf.sources]
+    given = [s.epochs if s.epochs is not None or s.weight is not None else 1.0 for s in conf.sources]
+    epochs = dict(zip(trained, mix.epochs_for(list(trained.values()), weights, given), strict=True))
+
+    rng = np.random.default_rng(conf.seed)
+    chosen, first = [], 0
+    for job, docs, kept in zip(jobs, documents, keep, strict=True):
+        times = np.zeros(len(kept), np.int64)
+        times[kept] = mix.repeats(int(kept.sum()), epochs[job.source], rng)
+        numbers = np.repeat(np.arange(len(docs)), times[docs["record"]]) if len(docs) else np.empty(0, np.int64)
+        chosen.append(numbers + first)
+        first += len(docs)
+    numbers = rng.permutation(np.concatenate(chosen))
+    if not len(numbers):
+        dropped = {cause: n for c in counts.values() for cause, n in c["dropped"].items() if n}
+        raise UserError(f"{out}: nothing to train on: the corpora are empty (dropped: {dropped or 'nothing'})")
+    everything = np.concatenate(documents)
+    lengths = everything["length"][numbers]
+    rows = pack.best_fit(lengths, conf.seq_len) if conf.packing == "best_fit" else [[i] for i in range(len(numbers))]
+    row_documents = numbers[[i for row in rows for i in row]].astype("<u4")
+    row_sizes = np.array([len(row) for row in rows], "<u4")
+    for name, array in (("rows.documents.bin", row_documents), ("rows.sizes.bin", row_sizes)):
+        with files.atomic_file(out / name) as tmp:
+            array.tofile(tmp)
+    table = _sources_table(conf, jobs, documents, numbers, counts, epochs)
+    return _manifest(conf, jobs, done, table, len(rows), everything[numbers])
+
+
+def _first_occurrences(records: list[NDArray[Any]]) -> list[NDArray[np.bool_]]:
+    """For each part, which of its records is the first of its content, in the order of parts."""
+    keys = np.concatenate([r["key"] for r in records])
+    first = np.zeros(len(keys), bool)
+    first[np.unique(keys, return_index=True)[1]] = True
+    return np.split(first, np.cumsum([len(r) for r in records])[:-1])
+
+
+def _sources_table(
+    conf: PrepareConfig,
+    jobs: list[tokenize.Job],
+    documents: list[NDArray[Any]],
+    numbers: NDArray[np.int64],
+    counts: dict[str, dict[str, Any]],
+    epochs: dict[str, float],
+) -> list[dict[str, Any]]:
+    """What each source gave: records read, kept, dropped by cause; documents, tokens and share in the rows."""
+    ends = np.cumsum([len(d) for d in documents])
+    part = np.searchsorted(ends, numbers, side="right")
+    everything = np.concatenate(documents)
+    whole = int(everything["trained"][numbers].sum())
+    table = []
+    for source in conf.sources:
+        mine = numbers[np.isin(part, [i for i, job in enumerate(jobs) if job.source == source.name])]
+        count = counts[source.name]
+        dropped = {cause: n for cause, n in sorted(count["dropped"].items()) if n}
+        trained = int(everything["trained"][mine].sum())
+        table.append(
+            {
+                "name": source.name,
+                "read": count["read"],
+                "kept": count["read"] - sum(dropped.values()),
+                "dropped": dropped,
+                "changed": dict(sorted(count["notes"].items())),
+                "epochs": round(epochs[source.name], 6),
+                "documents": len(mine),
+                "tokens": int(everything["length"][mine].sum()),
+                "trained_tokens": trained,
+                "share": round(trained / whole, 6) if whole else 0.0,
+            }
+        )
+    return table
+
+
+def _manifest(
+    conf: PrepareConfig,
+    jobs: list[tokenize.Job],
+    done: list[dict[str, Any]],
+    table: list[dict[str, Any]],
+    n_rows: int,
+    used: NDArray[Any],
+) -> dict[str, Any]:
+    out = Path(conf.out)
+    tokens = int(used["length"].sum())
+    hashes = {f"parts/{j.name}.{kind}.bin": d["hashes"][kind] for j, d in zip(jobs, done, strict=True) for kind in tokenize.KINDS}
+    hashes |= {name: files.hash_file(out / name) for name in ("rows.documents.bin", "rows.sizes.bin")}
+    return {
+        "format": shards.FORMAT,
+        "rows": n_rows,
+        "documents": len(used),
+        "tokens": tokens,
+        "trained_tokens": int(used["trained"].sum()),
+        "utilisation": round(tokens / (n_rows * conf.seq_len), 6),
+        "seq_len": conf.seq_len,
+        "chat_format": conf.chat_format,
+        "token_dtype": shards.token_dtype(jobs[0].vocab_size).str,
+        "vocab_size": jobs[0].vocab_size,
+        "sources": table,
+        "parts": [{"name": job.name, "source": job.source, "file": job.file} for job in jobs],
+        "config": conf.model_dump(exclude={"workers"}),
+        "files": hashes,
+        "sizes": {name: (out / name).stat().st_size for name in hashes},
+    }
+
+
+def _remove(out: Path, keep: set[str]) -> None:
+    """Removes parts that the config no longer asks for; with none kept, all that a failed run wrote."""
+    for path in (out / "parts").iterdir():
+        if path.name.split(".")[0] not in keep:
+            path.unlink()
+    if not keep:
+        for name in ("rows.documents.bin", "rows.sizes.bin", "prepare.json"):
+            (out / name).unlink(missing_ok=True)
+        for folder in (out / "parts", out):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _report(out: Path, manifest: dict[str, Any]) -> None:
+    for s in manifest["sources"]:
+        dropped = ", ".join(f"{cause} {n}" for cause, n in s["dropped"].items()) or "none"
+        log.say(
+            f"{s['name']}: {s['read']} records read, {s['kept']} kept (dropped: {dropped}); {s['documents']} documents,"
+            f" {s['tokens']} tokens, {s['trained_tokens']} trained, {100 * s['share']:.1f} % of the mixture"
+        )
+    log.say(
+        f"{out}: {manifest['rows']} rows of {manifest['seq_len']}, {100 * manifest['utilisation']:.1f} % used,"
+        f" {manifest['trained_tokens']} trained tokens"
+    )

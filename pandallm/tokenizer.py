@@ -1,0 +1,41 @@
+"""Tokenizers: load one, the pad rule, and growing the vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pandallm import files
+from pandallm.config import UserError
+
+
+def load(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Loads a fast tokenizer from a local folder. UserError if there is none, or it has no end-of-sequence token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{folder}: no tokenizer could be loaded: {str(e).splitlines()[0]}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder}: only a slow tokenizer is there; convert it to tokenizer.json first")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{folder}: the tokenizer has no eos token, so a text's end can't be marked;"
+            ' set "eos_token" in tokenizer_config.json'
+        )
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The pad rule: rows are packed and padding is masked wherever there is any, so eos serves where no pad token is."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def add_pad(tokenizer: PreTrainedTokenizerBase, pad_token: str) -> int:
+    """Gives a tokenizer without a pad token one, as the original did (RECIPE section 2); returns the tokens added."""
+    return 0 if tokenizer.pad_token_id is not None else tokenizer.add_special_tokens({"pad_token": pad_token})
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what decides the ids: the serialised tokenizer and its chat template."""
+    return files.hash_json([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
