@@ -58,6 +58,14 @@ def show(
         print(text)
 
 
+@app.command(epilog="Example: panda train conf/demo/sft.yaml learning_rate=1e-4")
+def train(conf: str, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train a stage: pretraining or instruction tuning. After a kill the same command goes on."""
+    from pandallm.train import run as module
+
+    _print(module.run(conf, overrides or []), as_json)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit 2; ours is a traceback."""
     try:

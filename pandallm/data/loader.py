@@ -1,0 +1,99 @@
+"""Shards -> the batches of a step. Which rows a step sees is a pure function of (seed, step): nothing to save or skip.
+
+T = tokens of a micro batch, N = those of them that are trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pandallm.data.shards import Shards
+
+
+@dataclass
+class Batch:
+    """Some rows, laid end to end without padding."""
+
+    input_ids: torch.Tensor  # [1, T]
+    position_ids: torch.Tensor  # [1, T], from 0 in every document
+    cu_seqlens: list[int]  # borders of the documents: [0, …, T]
+    trained_at: torch.Tensor  # [N] positions whose next token is trained
+    targets: torch.Tensor  # [N] those next tokens
+    rows: list[int]
+
+    def to(self, device: torch.device) -> Batch:
+        ids, positions, at, targets = (
+            t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.trained_at, self.targets)
+        )
+        return Batch(ids, positions, self.cu_seqlens, at, targets, self.rows)
+
+
+def collate(documents: list[tuple[NDArray[np.int64], NDArray[np.bool_]]], rows: list[int]) -> Batch:
+    """Lays documents (input_ids [L], loss_mask [L]) end to end. The token before a trained one is where it's learnt."""
+    lengths = [len(ids) for ids, _ in documents]
+    at, targets, start = [], [], 0
+    for ids, mask in documents:
+        trained = np.flatnonzero(mask[1:])
+        at.append(trained + start)
+        targets.append(ids[1:][trained])
+        start += len(ids)
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate([ids for ids, _ in documents]))[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
+        cu_seqlens=[0, *np.cumsum(lengths).tolist()],
+        trained_at=torch.from_numpy(np.concatenate(at)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        rows=rows,
+    )
+
+
+class Loader:
+    """Micro batches of one rank. All ranks together see each row of a step once."""
+
+    def __init__(
+        self, shards: Shards, seed: int, global_batch_size: int, micro_batch_size: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.shards, self.seed = shards, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank, self.world = rank, world
+        self._order = lru_cache(maxsize=2)(self._permutation)  # a step may touch two epochs
+
+    def steps(self, epochs: float) -> int:
+        """Steps that `epochs` passes take; the last may have fewer rows."""
+        return -(-round(epochs * len(self.shards)) // self.global_batch_size)
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
+
+    def rows_of(self, step: int, last_row: int | None = None) -> list[int]:
+        """The rows of step 1, 2, …; none at or past `last_row` of the endless sequence of epochs."""
+        first = (step - 1) * self.global_batch_size
+        end = first + self.global_batch_size
+        if last_row is not None:
+            end = min(end, last_row)
+        size = len(self.shards)
+        return [int(self._order(i // size)[i % size]) for i in range(first, end)]
+
+    def trained_tokens(self, rows: list[int]) -> int:
+        """Trained tokens of rows: what a step's loss is divided by. Every rank counts them all, without talking."""
+        return sum(self.shards.size(int(d))[1] for row in rows for d in self.shards.row(row))
+
+    def micro_batches(self, rows: list[int]) -> list[Batch]:
+        """This rank's share of a step's rows, in order. Every rank gets equally many batches, as collectives need;
+        where rows run out, a row whose mask is empty stands in."""
+        size = self.micro_batch_size
+        count = -(-len(rows) // (size * self.world))
+        batches = []
+        for k in range(count):
+            start = (k * self.world + self.rank) * size
+            mine = rows[start : start + size]
+            documents = [self.shards.document(int(d)) for row in mine or rows[:1] for d in self.shards.row(row)]
+            if not mine:
+                documents = [(ids, np.zeros_like(mask)) for ids, mask in documents[:1]]
+            batches.append(collate(documents, mine))
+        return batches

@@ -1,0 +1,67 @@
+"""The keys of a training config (DESIGN: a stage is a config file plus an objective, never a new trainer)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pandallm.config import Config
+from pandallm.train.schedule import Schedule
+
+
+class Init(Config):
+    """A model from scratch, in place of `model`."""
+
+    config: dict[str, Any] | str  # a Transformers configuration, or a folder that holds config.json
+    tokenizer: str
+
+
+class TrainConfig(Config):
+    """What `panda train` reads. Defaults are the original's recipe (RECIPE section 3)."""
+
+    model: str | None = None  # folder, hub id or built-in name
+    init: Init | None = None
+    data: str  # shards
+    out: str
+    objective: Literal["causal_lm"] = "causal_lm"
+    adapter: None = None
+    pad_token: str | None = None  # added where the tokenizer has no pad token; as in the shards' config
+    engine: Literal["torch", "deepspeed"] = "torch"
+    deepspeed: dict[str, Any] = {}  # passed through to DeepSpeed
+    micro_batch_size: int = Field(4, ge=1)  # rows a device holds at once
+    global_batch_size: int = Field(128, ge=1)  # rows a step over all ranks
+    epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+    schedule: Schedule = "warmup_decay"
+    warmup_ratio: float = Field(0.01, ge=0, lt=1)
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    adam_eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(5.0, gt=0)
+    precision: Literal["bf16", "fp32", "fp16", "bf16_pure"] = "bf16"
+    activation_checkpointing: str = "full"  # none, full, every-2, every-3, …
+    save_every: int = Field(250, ge=1)  # steps
+    keep_last: int = Field(3, ge=1)  # checkpoints
+    seed: int = 42
+
+    @field_validator("activation_checkpointing")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if not re.fullmatch(r"none|full|every-[1-9]\d*", value):
+            raise ValueError("none, full or every-N is wanted")
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> TrainConfig:
+        if (self.model is None) == (self.init is None):
+            raise ValueError("give model (to go on from one) or init (to start from scratch), one of them")
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("give epochs or max_steps")
+        return self
+
+
+# What may differ when a run goes on: none of these changes what is computed.
+FREE_TO_CHANGE = {"save_every", "keep_last", "micro_batch_size", "activation_checkpointing", "engine", "deepspeed", "out"}
