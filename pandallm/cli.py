@@ -25,8 +25,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Corpora -> packed token shards.", no_args_is_help=True)
 delta_app = typer.Typer(help="Publish the difference to a base model, exactly.", no_args_is_help=True)
+eval_app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(delta_app, name="delta")
+app.add_typer(eval_app, name="eval")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value put over the file, for example seed=1")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -64,6 +66,133 @@ def train(conf: str, overrides: Overrides = None, as_json: AsJson = False) -> No
     from pandallm.train import run as module
 
     _print(module.run(conf, overrides or []), as_json)
+
+
+Base = Annotated[str, typer.Option(help="Folder, hub id or built-in name of the base model.")]
+DeltaFolder = Annotated[Path, typer.Option(help="The delta's folder.")]
+
+
+@delta_app.command(epilog="Example: panda delta make --base llama-7b --tuned runs/sft/model --delta panda-7b-delta")
+def make(
+    base: Base,
+    tuned: Annotated[Path, typer.Option(help="Folder of the tuned model.")],
+    delta: DeltaFolder,
+    as_json: AsJson = False,
+) -> None:
+    """Write the difference of TUNED to its base: exact, compressed, with a hash for every tensor."""
+    from pandallm.model import load
+    from pandallm.release import delta as module
+
+    _print(module.make(load.resolve(base), tuned, delta), as_json)
+
+
+@delta_app.command(epilog="Example: panda delta apply --base llama-7b --delta panda-7b-delta --out panda-7b")
+def apply(
+    base: Base,
+    delta: DeltaFolder,
+    out: Annotated[Path, typer.Option(help="Folder of the model to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Base + delta = the tuned model, bit for bit. A wrong base is refused before anything is written."""
+    from pandallm.model import load
+    from pandallm.release import delta as module
+
+    _print(module.apply(load.resolve(base), delta, out), as_json)
+
+
+@delta_app.command(epilog="Example: panda delta verify --base llama-7b --delta panda-7b-delta")
+def verify(
+    base: Base,
+    delta: DeltaFolder,
+    tuned: Annotated[Path | None, typer.Option(help="Compare with this folder too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a delta, its base, and what they make, without writing."""
+    from pandallm.model import load
+    from pandallm.release import delta as module
+
+    _print(module.verify(load.resolve(base), delta, tuned), as_json)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@eval_app.callback(
+    epilog="Example: panda eval --model smollm2-135m --task c3-m,logiqa-v2 --data DIR --split dev --out runs/eval"
+)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Folder, hub id or built-in name.")] = "",
+    task: Annotated[str, typer.Option(help="c3-d, c3-m, logiqa-v2; several with commas.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files.")] = None,
+    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
+    protocol: Annotated[str, typer.Option(help="generate (the original's), choice; both with a comma.")] = "generate",
+    limit: Annotated[int | None, typer.Option(help="The first N questions of each task.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and predictions.jsonl.")] = Path(),
+    chat_format: Annotated[str | None, typer.Option(help="none, model (its own), or a format's name.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Bits per character of this file; may be repeated.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch; doesn't change results.")] = 4096,
+    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy on C3 and LogiQA-v2 with intervals, and bits per character of any text."""
+    if context.invoked_subcommand:
+        return
+    if not model:
+        raise UserError("--model is needed: a folder, hub id or built-in name")
+    from pandallm.evaluate import run as module
+
+    result = module.run(
+        model,
+        _listed(task),
+        data,
+        split,
+        _listed(protocol),
+        limit,
+        out,
+        chat_format,
+        text or [],
+        batch_tokens,
+        precision,
+    )
+    _print(result, as_json)
+
+
+@eval_app.command(epilog="Example: panda eval compare runs/eval/base runs/eval/tuned")
+def compare(run_a: Path, run_b: Path, as_json: AsJson = False) -> None:
+    """Paired difference of two evaluations, with its interval."""
+    from pandallm.evaluate import run as module
+
+    _print(module.compare(run_a, run_b), as_json)
+
+
+@app.command(epilog="Example: panda chat runs/demo/sft/model --temperature 0.7")
+def chat(
+    model: str,
+    chat_format: Annotated[str | None, typer.Option(help="In place of the model's own.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
+    top_p: float = 0.9,
+    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
+    repetition_penalty: float = 1.0,
+    max_new_tokens: int = 512,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same answers.")] = None,
+) -> None:
+    """Talk to a model in the terminal. /reset forgets, /exit leaves."""
+    from pandallm.model.generate import Sampling
+    from pandallm.serve import chat as module
+
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    module.run(model, chat_format, system, sampling)
+
+
+@app.command(hidden=True)
+def demo_report(runs: Path) -> None:
+    """The demo's report (conf/demo/run.sh calls this)."""
+    from pandallm.demo import report as module
+
+    module.run(runs)
 
 
 def main() -> None:

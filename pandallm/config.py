@@ -53,12 +53,14 @@ def _line_numbers(node: yaml.Node | None, at: KeyPath = ()) -> dict[KeyPath, int
     lines: dict[KeyPath, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            lines[(*at, key.value)] = key.start_mark.line + 1
-            lines |= _line_numbers(value, (*at, key.value))
+            here: KeyPath = (*at, key.value)
+            lines[here] = key.start_mark.line + 1
+            lines |= _line_numbers(value, here)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            lines[(*at, i)] = value.start_mark.line + 1
-            lines |= _line_numbers(value, (*at, i))
+            here = (*at, i)
+            lines[here] = value.start_mark.line + 1
+            lines |= _line_numbers(value, here)
     return lines
 
 

@@ -1,7 +1,7 @@
-"""The only file that knows chat formats: a dialogue -> (input_ids, loss_mask). Training, evaluation and serving call it.
+"""The only file that knows chat formats: a dialogue -> (input_ids, loss_mask). Training, evaluation and serving use it.
 
-A format is a Jinja template with `{% generation %}` marks around what the model is to learn (an assistant's turn and its
-end mark). It is saved in the tokenizer's `chat_template`, so that Transformers and vLLM render the very same ids.
+A format is a Jinja template with `{% generation %}` marks around what the model is to learn (an assistant's turn and
+its end mark). It is saved in the tokenizer's `chat_template`, so that Transformers and vLLM render the very same ids.
 
 Train = serve, token for token, holds when the text up to an answer has the same ids alone (serving) and with the answer
 behind it (training). Templates end the prompt where tokenizers split anyway; `check_format` proves it for a tokenizer.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pandallm.config import UserError
 
@@ -57,7 +57,8 @@ TEMPLATES: dict[str, str] = {
     ),
     "llama2": (  # every exchange opens with bos; a system text sits inside the first user turn
         "{%- set ns = namespace(system='') -%}{%- for m in messages -%}"
-        "{%- if m['role'] == 'system' -%}{%- set ns.system = '<<SYS>>\\n' + m['content'] | trim + '\\n<</SYS>>\\n\\n' -%}"
+        "{%- if m['role'] == 'system' -%}"
+        "{%- set ns.system = '<<SYS>>\\n' + m['content'] | trim + '\\n<</SYS>>\\n\\n' -%}"
         "{%- elif m['role'] == 'user' -%}"
         "{{ bos_token + '[INST] ' + ns.system + m['content'] | trim + ' [/INST]' }}{%- set ns.system = '' -%}"
         "{%- else -%}{% generation %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endgeneration %}"
@@ -164,7 +165,7 @@ def render(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> l
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
     rendered = []
     for i, generated in enumerate(spans):
-        ids = encoded["input_ids"][i]
+        ids = list[int](encoded["input_ids"][i])
         mask = [False] * len(ids)
         for start, end in generated:
             first, last = encoded.char_to_token(i, start), encoded.char_to_token(i, end - 1)
@@ -186,13 +187,15 @@ def _render_dialogue(tokenizer: PreTrainedTokenizerBase, example: Dialogue) -> t
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _require_template(tokenizer)
-    texts, generated = render_jinja_template(
+    marks: dict[str, Any] = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    rendered: Any = render_jinja_template(
         [example.as_messages()],
         chat_template=tokenizer.chat_template,
         return_assistant_tokens_mask=True,
-        **{k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)},
+        **marks,
     )
-    return texts[0], generated[0]
+    texts, generated = rendered
+    return str(texts[0]), generated[0]
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -27,7 +27,7 @@ def load(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The pad rule: rows are packed and padding is masked wherever there is any, so eos serves where no pad token is."""
+    """The pad rule: padding is masked wherever there is any, so eos serves where there is no pad token."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 

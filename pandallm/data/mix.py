@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 from pandallm.config import UserError
 
 
-def epochs_for(
-    trained: Sequence[int], weights: Sequence[float | None], epochs: Sequence[float | None]
-) -> list[float]:
+def epochs_for(trained: Sequence[int], weights: Sequence[float | None], epochs: Sequence[float | None]) -> list[float]:
     """Passes over each source, from its trained tokens and its weight or epochs (one of them given).
 
     Sources with epochs count as they are; those with weights are scaled to their share of the whole. Where all have

@@ -187,7 +187,9 @@ def _count(conf: PrepareConfig, jobs: list[tokenize.Job], done: list[dict[str, A
         bad = sum(dropped[cause] for cause in sources.BAD)
         shown = [line for d in mine for line in d["bad"]][: tokenize.SHOWN]
         if bad > conf.max_bad * read_:
-            raise UserError(f"{shown[0]} ({bad} of {read_} records of {source.name} are bad; max_bad is {conf.max_bad})")
+            raise UserError(
+                f"{shown[0]} ({bad} of {read_} records of {source.name} are bad; max_bad is {conf.max_bad})"
+            )
         for line in shown:
             log.warn(line)
         counts[source.name] = {"read": read_, "dropped": dropped, "notes": notes}
@@ -291,7 +293,11 @@ def _manifest(
 ) -> dict[str, Any]:
     out = Path(conf.out)
     tokens = int(used["length"].sum())
-    hashes = {f"parts/{j.name}.{kind}.bin": d["hashes"][kind] for j, d in zip(jobs, done, strict=True) for kind in tokenize.KINDS}
+    hashes = {
+        f"parts/{j.name}.{kind}.bin": d["hashes"][kind]
+        for j, d in zip(jobs, done, strict=True)
+        for kind in tokenize.KINDS
+    }
     hashes |= {name: files.hash_file(out / name) for name in ("rows.documents.bin", "rows.sizes.bin")}
     return {
         "format": shards.FORMAT,

@@ -38,7 +38,7 @@ class Bad:
 
 
 def files_of(path: Path, where: str) -> list[Path]:
-    """The regular files of a corpus, in a fixed order. UserError if there is none. Links out of the folder are refused."""
+    """The regular files of a corpus, in a fixed order. UserError if there is none, or for a link out of the folder."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -56,7 +56,7 @@ def files_of(path: Path, where: str) -> list[Path]:
 
 
 def detect_encoding(path: Path) -> str:
-    """`utf-8-sig` (which reads UTF-8 with or without a BOM), or `gb18030` when the file's start is that and not UTF-8."""
+    """`utf-8-sig` (UTF-8 with or without a BOM), or `gb18030` when the file's start is that and not UTF-8."""
     with open(path, "rb") as f:
         head = f.read(SNIFF_BYTES)
     for name in ("utf-8-sig", "gb18030"):
@@ -142,4 +142,4 @@ def _json_lines(path: Path, encoding: str) -> Iterator[Record | Bad]:
 
 def text_of(path: Path) -> str:
     """A whole file as text, line ends made LF."""
-    return io.TextIOWrapper(open(path, "rb"), encoding=detect_encoding(path)).read()  # noqa: SIM115
+    return io.TextIOWrapper(open(path, "rb"), encoding=detect_encoding(path)).read()

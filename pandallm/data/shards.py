@@ -53,7 +53,9 @@ class Shards:
             raise UserError(f"{folder}: no manifest.json; make the shards with: panda data prepare CONF.yaml")
         self.manifest: dict[str, Any] = files.read_json(manifest)
         if self.manifest.get("format") != FORMAT:
-            raise UserError(f"{folder}: shards of format {self.manifest.get('format')}, not {FORMAT}; prepare them again")
+            raise UserError(
+                f"{folder}: shards of format {self.manifest.get('format')}, not {FORMAT}; prepare them again"
+            )
         self.seq_len: int = self.manifest["seq_len"]
         self.parts: list[dict[str, Any]] = self.manifest["parts"]
         dtype = np.dtype(self.manifest["token_dtype"])

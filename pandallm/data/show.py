@@ -34,7 +34,7 @@ def run(folder: str, count: int, source: str | None, colour: bool) -> list[str]:
             lines.append(f"--- {title}, {name}, {file}:{line}, {len(ids)} tokens, {int(mask.sum())} trained")
             text = ""
             for trained, pairs in groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=lambda pair: pair[1]):
-                piece = tok.decode([i for i, _ in pairs])
+                piece = str(tok.decode([i for i, _ in pairs]))
                 text += f"{before}{piece}{after}" if trained else piece
             lines.append(text)
         shown.append("\n".join(lines))

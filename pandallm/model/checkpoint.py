@@ -32,7 +32,9 @@ def steps(out: Path) -> list[int]:
     return sorted((int(m[1]) for m in found if m), reverse=True)
 
 
-def save(out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], chief: bool, barrier: Callable[[], None]) -> None:
+def save(
+    out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], chief: bool, barrier: Callable[[], None]
+) -> None:
     """Writes a checkpoint. Every rank calls this; `write(folder)` puts that rank's files into a folder all share.
 
     `chief` (rank 0) prepares the folder before the others write and publishes it when all have.

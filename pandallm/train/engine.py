@@ -47,7 +47,7 @@ class TorchEngine:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
-        self.masters = self.parameters
+        self.masters: list[nn.Parameter] = self.parameters
         if conf.precision == "bf16":
             self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.parameters]
             for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -75,7 +75,7 @@ class TorchEngine:
             self.optimizer.step()
             if self.masters is not self.parameters:
                 with torch.no_grad():
-                    torch._foreach_copy_(self.parameters, self.masters)
+                    torch._foreach_copy_(list(self.parameters), list(self.masters))
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -225,4 +225,4 @@ def start(name: str) -> torch.device:
     return device
 
 
-ENGINES = {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}
+ENGINES: dict[str, type[TorchEngine] | type[DeepSpeedEngine]] = {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}

@@ -80,7 +80,9 @@ def train(
             lr=lr,
             grad_norm=norm,
             tokens=tokens,
-            input_tokens=int(engine.total(torch.tensor(float(sum(b.cu_seqlens[-1] for b in batches)), device=engine.device))),
+            input_tokens=int(
+                engine.total(torch.tensor(float(sum(b.cu_seqlens[-1] for b in batches)), device=engine.device))
+            ),
             flops=engine.total(torch.tensor(step_flops(batches), device=engine.device)),
             seconds=time.perf_counter() - began,
         )

@@ -30,7 +30,7 @@ LINE_EVERY = 10.0  # seconds between lines where there is no terminal to rewrite
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOP/s that MFU is measured against: the data sheet's for a GPU, a short bf16 product's for a CPU; 0 = unknown."""
+    """FLOP/s that MFU is measured against: a GPU's by its data sheet, a CPU's by a short bf16 product; 0 = unknown."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((flops for key, flops in PEAK_FLOPS.items() if key in name), 0.0)
@@ -81,7 +81,9 @@ class Progress:
             return
         rate = values["input_tokens"] / seconds
         mfu = flops / seconds / self.peak if self.peak else None
-        self.metrics.write(step=step, **values, tokens_per_s=round(rate, 1), mfu=mfu and round(mfu, 4), seconds=round(seconds, 3))
+        self.metrics.write(
+            step=step, **values, tokens_per_s=round(rate, 1), mfu=mfu and round(mfu, 4), seconds=round(seconds, 3)
+        )
         for name in ("loss", "lr", "grad_norm"):
             self.board.add_scalar(name, values[name], step)
         self.board.add_scalar("tokens_per_s", rate, step)

@@ -90,7 +90,9 @@ def _record(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     for key in sorted(settings.keys() | record["settings"].keys()):
         before, now = record["settings"].get(key), settings.get(key)
         if before != now and key not in FREE_TO_CHANGE:
-            raise UserError(f"out: {out} holds a run with {key} {before!r}, not {now!r}; choose another out or remove it")
+            raise UserError(
+                f"out: {out} holds a run with {key} {before!r}, not {now!r}; choose another out or remove it"
+            )
     return record
 
 
@@ -118,7 +120,8 @@ def _model(
             f" {conf.model or (conf.init and conf.init.tokenizer)} has; prepare it with this one"
         )
     if not resumed and conf.init:
-        model = load.from_scratch(conf.init.config, len(tokenizer), conf.seed, attention.PACKED).to(dtype)
+        model = load.from_scratch(conf.init.config, len(tokenizer), conf.seed, attention.PACKED)
+        torch.nn.Module.to(model, dtype)
     if added := load.fit_vocabulary(model, tokenizer):
         log.say(f"vocabulary grown by {added} to {len(tokenizer)}")
     if tokenizer.pad_token_id is not None:

@@ -64,4 +64,12 @@ class TrainConfig(Config):
 
 
 # What may differ when a run goes on: none of these changes what is computed.
-FREE_TO_CHANGE = {"save_every", "keep_last", "micro_batch_size", "activation_checkpointing", "engine", "deepspeed", "out"}
+FREE_TO_CHANGE = {
+    "save_every",
+    "keep_last",
+    "micro_batch_size",
+    "activation_checkpointing",
+    "engine",
+    "deepspeed",
+    "out",
+}

@@ -1,0 +1,111 @@
+"""`panda chat`: a talk in the terminal, streamed, with its history."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pandallm import prompt
+from pandallm import tokenizer as tokenizers
+from pandallm.model import generate, load
+from pandallm.prompt import Message
+
+HELP = "/reset  forget the talk    /exit  leave    /help  this line"
+
+
+class Talk:
+    """A model and the turns so far."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: generate.Sampling,
+        system: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.stop = generate.stop_ids(model, tokenizer)
+        self.opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.turns: list[Message] = []
+
+    def reset(self) -> None:
+        self.turns = []
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Streams the answer to `text`. The turn joins the history when the answer is over or broken off."""
+        self.turns.append({"role": "user", "content": text})
+        said = ""
+        try:
+            for piece in generate.stream(self.model, self.tokenizer, self._fit(), self.sampling, self.stop):
+                said += piece
+                yield piece
+        except BaseException:
+            if not said:  # nothing was answered: the question leaves the history too
+                self.turns.pop()
+            raise
+        finally:
+            if said:
+                self.turns.append({"role": "assistant", "content": said})
+        if not said:
+            self.turns.pop()
+
+    def _fit(self) -> list[int]:
+        """The prompt's ids; the oldest exchanges go when it and an answer don't fit into the model's window."""
+        room = int(self.model.config.max_position_embeddings) - self.sampling.max_new_tokens
+        forgotten = 0
+        while True:
+            ids = prompt.render_prompt(self.tokenizer, [*self.opening, *self.turns])
+            if len(ids) <= room or len(self.turns) < 3:
+                break
+            self.turns = self.turns[2:]
+            forgotten += 1
+        if forgotten:
+            print(f"[the oldest {forgotten} exchanges no longer fit and are forgotten]", file=sys.stderr)
+        return ids
+
+
+def open_talk(name: str, chat_format: str | None, system: str | None, sampling: generate.Sampling) -> Talk:
+    """Loads a model for talking, with its own chat template unless a format is named."""
+    folder = load.resolve(name)
+    tokenizer = tokenizers.load(folder)
+    if chat_format:
+        prompt.set_format(tokenizer, chat_format)
+    cuda = torch.cuda.is_available()
+    model = load.load(folder, torch.bfloat16 if cuda else load.cpu_dtype()).eval().to("cuda" if cuda else "cpu")
+    return Talk(model, tokenizer, sampling, system)
+
+
+def run(name: str, chat_format: str | None, system: str | None, sampling: generate.Sampling) -> None:
+    """The loop at the terminal: reads lines until /exit or the input's end. Ctrl-C breaks off an answer."""
+    talk = open_talk(name, chat_format, system, sampling)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401  (line editing; deletes a whole Chinese character, not a byte)
+
+        print(HELP)
+    while True:
+        try:
+            line = input("你> " if terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not terminal:
+            print(f"你> {line}")  # a transcript shows both sides
+        if line == "/exit":
+            return
+        if line == "/reset":
+            talk.reset()
+        elif line == "/help":
+            print(HELP)
+        elif line.startswith("/"):
+            print(f"{line.split()[0]}: no such command. {HELP}")
+        elif line:
+            try:
+                for piece in talk.answer(line):
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                pass
+            print()
