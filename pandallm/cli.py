@@ -12,7 +12,9 @@ import typer
 
 from pandallm.config import UserError
 
-# transformers picks frameworks and prints advice at import; neither is wanted in a tool's output.
+# Before torch is loaded. On a CPU that other programs use too, threads that spin while they wait cost a step its speed
+# several times over (docs/log.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pandallm import prompt
 from pandallm import tokenizer as tokenizers
+from pandallm.config import UserError
 from pandallm.model import generate, load
 from pandallm.prompt import Message
 
@@ -72,7 +73,11 @@ def open_talk(name: str, chat_format: str | None, system: str | None, sampling: 
     folder = load.resolve(name)
     tokenizer = tokenizers.load(folder)
     if chat_format:
+        if chat_format not in prompt.TEMPLATES:
+            raise UserError(f"chat format '{chat_format}': unknown; known: {', '.join(prompt.TEMPLATES)}")
         prompt.set_format(tokenizer, chat_format)
+    elif not tokenizer.chat_template:
+        raise UserError(f"{name}: the model has no chat template; name its format with --chat-format")
     cuda = torch.cuda.is_available()
     model = load.load(folder, torch.bfloat16 if cuda else load.cpu_dtype()).eval().to("cuda" if cuda else "cpu")
     return Talk(model, tokenizer, sampling, system)
