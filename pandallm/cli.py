@@ -36,9 +36,11 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value put over 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def _print(result: dict[str, Any], as_json: bool) -> None:
+def _print(result: dict[str, Any], as_json: bool, line: str = "") -> None:
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
+    elif line:
+        print(line.format(**result))
 
 
 @data_app.command(epilog="Example: panda data prepare conf/demo/pretrain_data.yaml workers=2")
@@ -70,6 +72,7 @@ def train(conf: str, overrides: Overrides = None, as_json: AsJson = False) -> No
     _print(module.run(conf, overrides or []), as_json)
 
 
+DELTA_LINE = ", {tensors} tensors, {bytes:,} bytes for a model of {tuned_bytes:,} ({ratio:.1%}), {seconds} s"
 Base = Annotated[str, typer.Option(help="Folder, hub id or built-in name of the base model.")]
 DeltaFolder = Annotated[Path, typer.Option(help="The delta's folder.")]
 
@@ -85,7 +88,7 @@ def make(
     from pandallm.model import load
     from pandallm.release import delta as module
 
-    _print(module.make(load.resolve(base), tuned, delta), as_json)
+    _print(module.make(load.resolve(base), tuned, delta), as_json, f"{delta}: made{DELTA_LINE}")
 
 
 @delta_app.command(epilog="Example: panda delta apply --base llama-7b --delta panda-7b-delta --out panda-7b")
@@ -99,7 +102,7 @@ def apply(
     from pandallm.model import load
     from pandallm.release import delta as module
 
-    _print(module.apply(load.resolve(base), delta, out), as_json)
+    _print(module.apply(load.resolve(base), delta, out), as_json, f"{out}: base + delta, bit for bit{DELTA_LINE}")
 
 
 @delta_app.command(epilog="Example: panda delta verify --base llama-7b --delta panda-7b-delta")
@@ -113,7 +116,7 @@ def verify(
     from pandallm.model import load
     from pandallm.release import delta as module
 
-    _print(module.verify(load.resolve(base), delta, tuned), as_json)
+    _print(module.verify(load.resolve(base), delta, tuned), as_json, f"{delta}: verified{DELTA_LINE}")
 
 
 def _listed(text: str) -> list[str]:
