@@ -37,10 +37,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 
 def _print(result: dict[str, Any], as_json: bool, line: str = "") -> None:
-    if as_json:
-        print(json.dumps(result, ensure_ascii=False))
-    elif line:
-        print(line.format(**result))
+    if as_json or line:
+        print(json.dumps(result, ensure_ascii=False) if as_json else line)
 
 
 @data_app.command(epilog="Example: panda data prepare conf/demo/pretrain_data.yaml workers=2")
@@ -72,9 +70,13 @@ def train(conf: str, overrides: Overrides = None, as_json: AsJson = False) -> No
     _print(module.run(conf, overrides or []), as_json)
 
 
-DELTA_LINE = ", {tensors} tensors, {bytes:,} bytes for a model of {tuned_bytes:,} ({ratio:.1%}), {seconds} s"
 Base = Annotated[str, typer.Option(help="Folder, hub id or built-in name of the base model.")]
 DeltaFolder = Annotated[Path, typer.Option(help="The delta's folder.")]
+
+
+def _print_delta(done: str, r: dict[str, Any], as_json: bool) -> None:
+    size = f"{r['bytes']:,} bytes for a model of {r['tuned_bytes']:,} ({r['ratio']:.1%})"
+    _print(r, as_json, f"{done}: {r['tensors']} tensors, {size}, {r['seconds']} s")
 
 
 @delta_app.command(epilog="Example: panda delta make --base llama-7b --tuned runs/sft/model --delta panda-7b-delta")
@@ -88,7 +90,7 @@ def make(
     from pandallm.model import load
     from pandallm.release import delta as module
 
-    _print(module.make(load.resolve(base), tuned, delta), as_json, f"{delta}: made{DELTA_LINE}")
+    _print_delta(f"{delta}: made", module.make(load.resolve(base), tuned, delta), as_json)
 
 
 @delta_app.command(epilog="Example: panda delta apply --base llama-7b --delta panda-7b-delta --out panda-7b")
@@ -102,7 +104,7 @@ def apply(
     from pandallm.model import load
     from pandallm.release import delta as module
 
-    _print(module.apply(load.resolve(base), delta, out), as_json, f"{out}: base + delta, bit for bit{DELTA_LINE}")
+    _print_delta(f"{out}: base + delta, bit for bit", module.apply(load.resolve(base), delta, out), as_json)
 
 
 @delta_app.command(epilog="Example: panda delta verify --base llama-7b --delta panda-7b-delta")
@@ -116,7 +118,7 @@ def verify(
     from pandallm.model import load
     from pandallm.release import delta as module
 
-    _print(module.verify(load.resolve(base), delta, tuned), as_json, f"{delta}: verified{DELTA_LINE}")
+    _print_delta(f"{delta}: verified", module.verify(load.resolve(base), delta, tuned), as_json)
 
 
 def _listed(text: str) -> list[str]:

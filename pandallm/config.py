@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +23,9 @@ class UserError(Exception):
 
 
 class Config(BaseModel):
-    """Base of every configuration: unknown keys are errors, values don't change after loading."""
+    """Base of every configuration: unknown keys are errors, inf and nan no numbers, values don't change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -36,6 +37,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is a word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -48,30 +51,35 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _line_numbers(node: yaml.Node | None, at: KeyPath = ()) -> dict[KeyPath, int]:
-    """Line (from 1) of every key and list item of a YAML document."""
-    lines: dict[KeyPath, int] = {}
+Places = dict[KeyPath, str]  # where each key and list item was written: file:line, or the override's text
+
+
+def _places(node: yaml.Node | None, where: str, at: KeyPath = ()) -> Places:
+    """Place of every key and list item of a YAML document."""
+    places: Places = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here: KeyPath = (*at, key.value)
-            lines[here] = key.start_mark.line + 1
-            lines |= _line_numbers(value, here)
+            places[here] = f"{where}:{key.start_mark.line + 1}"
+            places |= _places(value, where, here)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             here = (*at, i)
-            lines[here] = value.start_mark.line + 1
-            lines |= _line_numbers(value, here)
-    return lines
+            places[here] = f"{where}:{value.start_mark.line + 1}"
+            places |= _places(value, where, here)
+    return places
 
 
-def _parse(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
+def _parse(text: str, where: str) -> tuple[Any, Places]:
     try:
-        return yaml.load(text, _Loader), _line_numbers(yaml.compose(text, _Loader))  # _Loader is a SafeLoader
+        return yaml.load(text, _Loader), _places(yaml.compose(text, _Loader), where)  # _Loader is a SafeLoader
     except yaml.MarkedYAMLError as e:
         line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
         raise UserError(f"{where}{line}: not valid YAML: {e.problem or e.context}") from None
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: 2026-13-45, which looks like a date
         raise UserError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: nested too deeply, or inside itself") from None
 
 
 def read_text(path: Path) -> str:
@@ -84,6 +92,8 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: is a folder, a file is wanted") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 at byte {e.start}: save it as UTF-8") from None
+    except OSError as e:
+        raise UserError(f"{path}: can't be read: {e.strerror}") from None
 
 
 def _override(tree: dict[str, Any], text: str) -> KeyPath:
@@ -97,7 +107,7 @@ def _override(tree: dict[str, Any], text: str) -> KeyPath:
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or int(part) >= len(node):
                 raise UserError(f"'{text}': {'.'.join(parts[:i])} is a list of {len(node)}; '{part}' is not in it")
             step: str | int = int(part)
         elif isinstance(node, dict):
@@ -137,17 +147,24 @@ def _variants(nodes: list[dict[str, Any]], schema: dict[str, Any]) -> list[dict[
     return out
 
 
-def _explain(error: ValidationError, model: type[Config], lines: dict[KeyPath, int], where: str) -> str:
+def _real_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
+    """The path in `data` of a problem's `loc`, into which pydantic puts the names of union members too."""
+    path: KeyPath = ()
+    for part in loc:
+        if isinstance(data, dict) and part in data or isinstance(data, list) and isinstance(part, int):
+            data = data[part]
+            path += (part,)
+    return path
+
+
+def _explain(error: ValidationError, model: type[Config], data: Any, places: Places, where: str) -> str:
     """The first problem of a failed validation, as one line."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    # pydantic puts the names of union members into `loc`; keep what the file really has (or lacks).
-    known = [part for part in first["loc"] if isinstance(part, int) or not re.search(r"[\[\](]", part)]
-    path = tuple(known)
-    while path and path not in lines and len(path) > 1 and path[:-1] not in lines:
-        path = path[:-1]
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    at = f"{where}:{line}" if line else where
+    path = _real_path(first["loc"], data)
+    if first["type"] == "missing":
+        path += (first["loc"][-1],)
+    at = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), where)
     key = ".".join(str(p) for p in path) or "the file"
     if first["type"] == "extra_forbidden":
         names = _fields_at(model, path[:-1])
@@ -158,7 +175,7 @@ def _explain(error: ValidationError, model: type[Config], lines: dict[KeyPath, i
     if first["type"] == "missing":
         return f"{at}: {key}: this key is needed"
     message = first["msg"].removeprefix("Value error, ")
-    given = f" (got {first['input']!r})" if path and not isinstance(first["input"], dict) else ""
+    given = f" (got {reprlib.repr(first['input'])})" if path and not isinstance(first["input"], dict) else ""
     return f"{at}: {key}: {message}{given}"
 
 
@@ -168,15 +185,16 @@ def load(model: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) 
     Raises UserError: no such file, not YAML, unknown key (with the nearest known one), wrong value.
     """
     path = Path(path)
-    data, lines = _parse(read_text(path), str(path))
+    data, places = _parse(read_text(path), str(path))
     if data is None:
         data = {}
     if not isinstance(data, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values")
     for text in overrides:
         key = _override(data, text)
-        lines.pop(key, None)  # the value no longer comes from that line
+        places = {at: place for at, place in places.items() if at[: len(key)] != key}
+        places[key] = f"'{text}'"
     try:
         return model.model_validate(data)
     except ValidationError as e:
-        raise UserError(_explain(e, model, lines, str(path))) from None
+        raise UserError(_explain(e, model, data, places, str(path))) from None

@@ -4,11 +4,17 @@ A format is a Jinja template with `{% generation %}` marks around what the model
 its end mark). It is saved in the tokenizer's `chat_template`, so that Transformers and vLLM render the very same ids.
 
 Train = serve, token for token, holds when the text up to an answer has the same ids alone (serving) and with the answer
-behind it (training). Templates end the prompt where tokenizers split anyway; `check_format` proves it for a tokenizer.
+behind it (training). Templates end the prompt where tokenizers split anyway; `check_format` tries it for a tokenizer.
+
+What someone writes never becomes a control token: a special token's name inside a message or a raw text gets a blank
+after its first character (`<|im_end|>` -> `< |im_end|>`). The template itself does that, so that all engines do. Formats
+whose marks are plain text (`### Response:`) can't be guarded so, and a model's own foreign template is used as it is.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,19 +26,26 @@ if TYPE_CHECKING:
 
 ChatFormat = Literal["panda", "chatml", "llama2", "llama3", "alpaca", "belle", "linly"]
 
-# Every template trims contents: white space at the edge of an answer is noise, and the place where tokenizers
-# render a prompt differently with and without the answer behind it. BOS stands for the tokenizer's own habit.
-_PLAIN = (  # system text first; then prompt and answer by the two patterns; turns joined by JOIN
+# plain() trims contents: white space at the edge of an answer is noise, and the place where tokenizers render a prompt
+# differently with and without the answer behind it. And it breaks the names of special tokens (MARKS: each in two
+# halves, so that a template holds no name but of the marks it sets itself).
+_PLAIN_TEXT = (
+    "{%- macro plain(text) -%}{%- set ns = namespace(text=text | trim) -%}"
+    "{%- for head, rest in MARKS -%}{%- set ns.text = ns.text | replace(head + rest, head + ' ' + rest) -%}"
+    "{%- endfor -%}{{ ns.text }}{%- endmacro -%}"
+)
+# BOS stands for the tokenizer's own habit.
+_TURNS = (  # system text first; then prompt and answer by the two patterns; turns joined by JOIN
     "BOS{%- for m in messages -%}"
-    "{%- if m['role'] == 'system' -%}{{ m['content'] | trim + SYSTEM_END }}"
-    "{%- elif m['role'] == 'user' -%}{{ USER + m['content'] | trim + ASSISTANT }}"
-    "{%- else -%}{% generation %}{{ LEAD + m['content'] | trim + eos_token }}{% endgeneration %}"
+    "{%- if m['role'] == 'system' -%}{{ plain(m['content']) + SYSTEM_END }}"
+    "{%- elif m['role'] == 'user' -%}{{ USER + plain(m['content']) + ASSISTANT }}"
+    "{%- else -%}{% generation %}{{ LEAD + plain(m['content']) + eos_token }}{% endgeneration %}"
     "{%- if not loop.last -%}{{ JOIN }}{%- endif -%}{%- endif -%}{%- endfor -%}"
 )
 
 
 def _plain(user: str, assistant: str, lead: str = "", join: str = "\n\n", system_end: str = "\n\n") -> str:
-    text = _PLAIN
+    text = _TURNS
     for name, value in (("SYSTEM_END", system_end), ("USER", user), ("ASSISTANT", assistant), ("LEAD", lead)):
         text = text.replace(name, _quote(value))
     return text.replace("JOIN", _quote(join))
@@ -51,28 +64,29 @@ TEMPLATES: dict[str, str] = {
     "linly": _plain("### Instruction:", "  ### Response:", join="\n"),
     "chatml": (
         "BOS{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\\n' }}"
-        "{%- if m['role'] == 'assistant' -%}{% generation %}{{ m['content'] | trim + '<|im_end|>' }}{% endgeneration %}"
-        "{%- else -%}{{ m['content'] | trim + '<|im_end|>' }}{%- endif -%}{{ '\\n' }}{%- endfor -%}"
+        "{%- if m['role'] == 'assistant' -%}{% generation %}{{ plain(m['content']) + '<|im_end|>' }}{% endgeneration %}"
+        "{%- else -%}{{ plain(m['content']) + '<|im_end|>' }}{%- endif -%}{{ '\\n' }}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
     ),
     "llama2": (  # every exchange opens with bos; a system text sits inside the first user turn
         "{%- set ns = namespace(system='') -%}{%- for m in messages -%}"
         "{%- if m['role'] == 'system' -%}"
-        "{%- set ns.system = '<<SYS>>\\n' + m['content'] | trim + '\\n<</SYS>>\\n\\n' -%}"
+        "{%- set ns.system = '<<SYS>>\\n' + plain(m['content']) + '\\n<</SYS>>\\n\\n' -%}"
         "{%- elif m['role'] == 'user' -%}"
-        "{{ bos_token + '[INST] ' + ns.system + m['content'] | trim + ' [/INST]' }}{%- set ns.system = '' -%}"
-        "{%- else -%}{% generation %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endgeneration %}"
+        "{{ bos_token + '[INST] ' + ns.system + plain(m['content']) + ' [/INST]' }}{%- set ns.system = '' -%}"
+        "{%- else -%}{% generation %}{{ ' ' + plain(m['content']) + ' ' + eos_token }}{% endgeneration %}"
         "{%- endif -%}{%- endfor -%}"
     ),
     "llama3": (
         "{{ bos_token }}{%- for m in messages -%}"
         "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}"
-        "{%- if m['role'] == 'assistant' -%}{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
-        "{%- else -%}{{ m['content'] | trim + '<|eot_id|>' }}{%- endif -%}{%- endfor -%}"
+        "{%- if m['role'] == 'assistant' -%}{% generation %}{{ plain(m['content']) + '<|eot_id|>' }}{% endgeneration %}"
+        "{%- else -%}{{ plain(m['content']) + '<|eot_id|>' }}{%- endif -%}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}"
     ),
 }
 END_MARKS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}  # the others end a turn with the tokenizer's eos
+_MARK = re.compile(r"<\|\w+\|>")
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": …}
 
@@ -113,13 +127,25 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def template(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The Jinja template of a format for this tokenizer. UserError if the tokenizer lacks a mark the format needs."""
     text = TEMPLATES[chat_format].replace("BOS", "{{ bos_token }}" if adds_bos(tokenizer) else "")
-    end = end_mark(chat_format, tokenizer)
-    if len(tokenizer(end, add_special_tokens=False)["input_ids"]) != 1:
+    marks = [end_mark(chat_format, tokenizer), *_MARK.findall(text)]
+    lacking = [repr(mark) for mark in marks if mark not in tokenizer.get_added_vocab()]
+    if "bos_token" in text and tokenizer.bos_token is None:
+        lacking.append("bos")
+    if lacking:
         raise UserError(
-            f"chat_format {chat_format}: {end!r} is not one token of this tokenizer; choose a format it knows"
-            " (panda and alpaca need nothing but eos)"
+            f"chat_format {chat_format}: {lacking[0]} is not a special token of this tokenizer; choose a format it"
+            " knows (panda and alpaca need nothing but eos)"
         )
-    return text
+    halves = [[name[0], name[1:]] for name in _names(tokenizer)]
+    return _PLAIN_TEXT.replace("MARKS", json.dumps(halves, ensure_ascii=False)) + text
+
+
+def _names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Names of the special tokens; of families like `<|reserved_special_token_7|>` the common beginning."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = [token.content for token in added if token.special or _MARK.fullmatch(token.content)]
+    names = [re.sub(r"(\w{4,}_)\d+\W*$", r"\1", name) for name in names]
+    return sorted({name for name in names if len(name) > 1}, key=lambda name: (-len(name), name))
 
 
 def end_mark(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -146,22 +172,35 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
 
 
 def render(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Rendered]:
-    """Ids and loss masks of examples, in order. For training.
+    """Ids and loss masks of examples, in order. For training."""
+    texts = iter(_render_texts(tokenizer, [e.text for e in examples if isinstance(e, Text)]))
+    dialogues = iter(_render_dialogues(tokenizer, [e for e in examples if isinstance(e, Dialogue)]))
+    return [next(texts) if isinstance(example, Text) else next(dialogues) for example in examples]
 
-    A raw text is the tokenizer's own encoding (bos where it adds one) and eos.
-    """
-    texts, spans = [], []
-    for example in examples:
-        if isinstance(example, Text):
-            bos = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
-            texts.append(bos + example.text + str(tokenizer.eos_token))
-            spans.append([(0, len(texts[-1]))])
-        else:
-            text, generated = _render_dialogue(tokenizer, example)
-            texts.append(text)
-            spans.append(generated)
+
+def _render_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Rendered]:
+    """The tokenizer's own encoding (bos where it adds one) and eos; all but the first token is trained."""
     if not texts:
         return []
+    names, eos, rendered = _names(tokenizer), int(tokenizer.eos_token_id), []
+    encoded = tokenizer([_break(text, names) for text in texts], return_attention_mask=False)
+    for ids in encoded["input_ids"]:
+        whole = ids if ids[-1:] == [eos] else [*ids, eos]  # some tokenizers close every text themselves
+        rendered.append(Rendered(whole, [False] + [True] * (len(whole) - 1)))
+    return rendered
+
+
+def _break(text: str, names: Sequence[str]) -> str:
+    """As the templates' plain() does."""
+    for name in names:
+        text = text.replace(name, f"{name[0]} {name[1:]}")
+    return text
+
+
+def _render_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Dialogue]) -> list[Rendered]:
+    if not dialogues:
+        return []
+    texts, spans = _texts_of(tokenizer, dialogues)
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
     rendered = []
     for i, generated in enumerate(spans):
@@ -182,20 +221,21 @@ def render(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> l
     return rendered
 
 
-def _render_dialogue(tokenizer: PreTrainedTokenizerBase, example: Dialogue) -> tuple[str, list[tuple[int, int]]]:
-    """Text of a dialogue and the (start, end) characters of what the model is to say."""
+def _texts_of(
+    tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Dialogue]
+) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    """Text of each dialogue and the (start, end) characters of what the model is to say."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _require_template(tokenizer)
     marks: dict[str, Any] = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     rendered: Any = render_jinja_template(
-        [example.as_messages()],
+        [dialogue.as_messages() for dialogue in dialogues],
         chat_template=tokenizer.chat_template,
         return_assistant_tokens_mask=True,
         **marks,
     )
-    texts, generated = rendered
-    return str(texts[0]), generated[0]
+    return rendered
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -208,16 +248,31 @@ _PROBES = ("你好，世界。", "Hello", "3.14", "“好”", "：是", "(a)", 
 
 
 def check_format(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> None:
-    """Raises UserError if a served prompt's ids differ from the same prompt's ids in training."""
+    """Raises UserError if a served prompt's ids differ from the same prompt's ids in training, or if the name of a
+    special token inside a message becomes that token."""
+    forged = " ".join(_names(tokenizer))
+    if _control_tokens(tokenizer, forged) != _control_tokens(tokenizer, "A"):
+        raise UserError(
+            f"chat_format {chat_format}: with this tokenizer the name of a special token, written in a message, becomes"
+            " that token; its normalizer must leave blanks alone"
+        )
     for answer in _PROBES:
         for question in _PROBES:
             turns: list[tuple[str, str]] = [("user", question), ("assistant", answer)]
             for _ in range(2):  # the first answer, then the second of a longer talk
                 trained = render(tokenizer, [Dialogue(tuple(turns))])[0]
                 served = render_prompt(tokenizer, Dialogue(tuple(turns[:-1])).as_messages())
-                if trained.input_ids[: len(served)] != served or not trained.loss_mask[len(served)]:
+                edge = len(served)
+                if trained.input_ids[:edge] != served or trained.loss_mask[edge - 1 : edge + 1] != [False, True]:
                     raise UserError(
                         f"chat_format {chat_format}: with this tokenizer a prompt has other ids in training than in"
                         f" serving (before the answer {answer!r}); choose another format"
                     )
                 turns += [("user", answer), ("assistant", question)]
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]:
+    """The special tokens of a dialogue with this content."""
+    special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+    ids = render(tokenizer, [Dialogue((("user", content), ("assistant", content)))])[0].input_ids
+    return [i for i in ids if i in special]
