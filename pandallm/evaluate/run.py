@@ -1,0 +1,320 @@
+"""`panda eval`: a model's answers to the tasks' questions and its bits per character, written down with what made them.
+
+OUT/predictions.jsonl has every prompt and output; OUT/results.json, written last, the figures. A run that finished is
+not run again; one that did not finish has left no results.json and starts over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pandallm import files, log, prompt, tokenizer
+from pandallm.config import UserError, read_text
+from pandallm.evaluate import report, score
+from pandallm.evaluate import tasks as task_files
+from pandallm.evaluate.tasks import TASKS, WORDINGS, Question, letter
+from pandallm.model import load as models
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CHAT_FORMATS = ("none", "model", *prompt.TEMPLATES)
+# The files of a model folder that decide its answers.
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "tokenizer*", "special_tokens*", "*.jinja")
+SAY_EVERY = 10.0  # seconds between two lines of progress
+
+
+def run(
+    model: str,
+    tasks: Sequence[str],
+    data: Path | None,
+    split: str,
+    protocols: Sequence[str],
+    limit: int | None,
+    out: Path,
+    chat_format: str | None = None,
+    texts: Sequence[Path] = (),
+    token_budget: int = 4096,
+    precision: str = "auto",
+) -> dict[str, Any]:
+    """Evaluates a model and returns what it wrote to OUT/results.json.
+
+    `model`: folder, hub id or built-in name. `limit`: only so many questions of each task, the first. `chat_format`:
+    see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of a batch, padding counted.
+    `precision`: fp32, bf16, or auto (bf16 where the device computes in it).
+    Raises UserError for every mistake in these, before the model is loaded, and if OUT holds another evaluation.
+    """
+    _check(tasks, data, protocols, limit, out, chat_format, texts, token_budget, precision)
+    questions = {task: task_files.load(task, data, split)[:limit] for task in tasks if data}
+    documents = {path.name: read_documents(path) for path in texts}
+    folder = models.resolve(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = _auto_precision(device) if precision == "auto" else precision
+    hashes = {task: files.hash_file(task_files.find(task, data, split)) for task in tasks if data}
+    hashes |= {path.name: files.hash_file(path) for path in texts}
+    arguments = {
+        "model": _hash_model(folder),
+        "tasks": {task: TASKS[task].version for task in tasks},
+        "texts": list(documents),
+        "data": hashes,
+        "split": split,
+        "protocols": list(protocols),
+        "limit": limit,
+        "chat_format": chat_format,
+        "precision": precision,
+    }
+    finished = _finished(out, arguments)
+    if finished is not None:
+        log.say(f"{out}: this evaluation is done already\n{report.table(finished)}")
+        return finished
+    started = time.monotonic()
+    words = tokenizer.load(folder)
+    used_format = score.use_format(words, chat_format)
+    network = models.load(folder, PRECISIONS[precision]).eval()
+    network.to(torch.device(device))
+    results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}}
+    rows: list[report.Row] = []
+    for task in tasks:
+        how = {"chat_format": used_format, "split": split, "data": hashes[task]}
+        results["tasks"][task] = _evaluate(network, words, questions[task], protocols, how, token_budget, rows)
+    for name, found in documents.items():
+        progress = _progress(f"bits per character of {name}, windows")
+        bits = score.bits_per_character(network, words, found, token_budget=token_budget, progress=progress)
+        results["bits_per_character"][name] = bits | {"data": hashes[name]}
+    results |= {"precision": precision, "device": device, "seconds": round(time.monotonic() - started, 1)}
+    results |= {"arguments": arguments, "versions": log.versions(), "commit": log.commit()}
+    _write(out, results, rows)
+    return results
+
+
+def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
+    files.write_text(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.write_json(out / "results.json", results)
+    log.say(report.table(results))
+
+
+def _check(
+    tasks: Sequence[str],
+    data: Path | None,
+    protocols: Sequence[str],
+    limit: int | None,
+    out: Path,
+    chat_format: str | None,
+    texts: Sequence[Path],
+    token_budget: int,
+    precision: str,
+) -> None:
+    """Raises UserError for arguments that can't be meant."""
+    if not tasks and not texts:
+        raise UserError(f"nothing to evaluate: name tasks ({', '.join(TASKS)}) or texts")
+    if tasks and data is None:
+        raise UserError("the tasks' files: name the folder they lie in (--data)")
+    for what, values, known in (
+        ("protocol", protocols, score.PROTOCOLS),
+        ("chat_format", [chat_format] if chat_format is not None else [], CHAT_FORMATS),
+        ("precision", [precision], ("auto", *PRECISIONS)),
+    ):
+        for value in values:
+            if value not in known:
+                raise UserError(f"{what} '{value}': unknown; known: {', '.join(known)}")
+    if tasks and not protocols:
+        raise UserError(f"no protocol: name one of {', '.join(score.PROTOCOLS)}")
+    names = [path.name for path in texts]
+    for what, given in (("task", tasks), ("protocol", protocols), ("text file", names)):
+        for value, times in Counter(given).items():
+            if times > 1:
+                raise UserError(f"{what} '{value}': given twice")
+    for number, count in (("limit", limit), ("token_budget", token_budget)):
+        if count is not None and count < 1:
+            raise UserError(f"{number}: {count} is out of range; 1 or more is wanted")
+    if str(out) in ("", "."):  # Path("") is "."
+        raise UserError("out: name the folder for results.json and predictions.jsonl")
+    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{out}: can't be written ({existing} is not a folder of yours); choose another --out")
+
+
+def read_documents(path: Path) -> list[str]:
+    """Texts for bits per character: a .txt is one document; .jsonl and .json are JSON lines with `text` or `content`.
+
+    Raises UserError: no such file, another kind of file, a line that has neither, no text at all.
+    """
+    text = read_text(path)
+    documents = []
+    if path.suffix == ".txt":
+        documents.append(text)
+    elif path.suffix in (".jsonl", ".json"):
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                documents.append(_document(line, f"{path}:{number}"))
+    else:
+        raise UserError(f"{path}: a .txt file or JSON lines (.jsonl, .json) are wanted")
+    if not any(documents):
+        raise UserError(f"{path}: has no text")
+    return documents
+
+
+def _document(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}: not valid JSON: {e.msg}") from None
+    text = record.get("text", record.get("content")) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f"{where}: an object with a text under 'text' or 'content' is wanted")
+    return text
+
+
+def _auto_precision(device: str) -> str:
+    """bf16 where the device computes in it; elsewhere it would be emulated, slower than fp32."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return next(name for name, dtype in PRECISIONS.items() if dtype == models.cpu_dtype())
+
+
+def _hash_model(folder: Path) -> str:
+    paths = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    return files.hash_json({path.name: files.hash_file(path) for path in paths})
+
+
+def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """What a finished run with the same arguments wrote; UserError if OUT is another evaluation's."""
+    if not (out / "results.json").exists():
+        return None
+    results = _results(out)
+    before = results.get("arguments", {})
+    for key, value in arguments.items():
+        if before.get(key) != value:
+            shown = "" if key in ("model", "data") else f" ({before.get(key)}, now {value})"
+            raise UserError(f"{out}: holds an evaluation with another {key}{shown}; choose another --out")
+    return results
+
+
+def _evaluate(
+    network: PreTrainedModel,
+    words: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    protocols: Sequence[str],
+    how: dict[str, Any],
+    token_budget: int,
+    rows: list[report.Row],
+) -> dict[str, Any]:
+    """A task's entry in results.json: the first protocol's figures, the others' below "protocols".
+
+    `how`: what every entry says of how it was made. The predictions are appended to `rows`.
+    """
+    room = int(network.config.max_position_embeddings) - score.MAX_NEW_TOKENS
+    asked = [(question, wording) for wording in WORDINGS for question in questions]
+    many = [question for question, _ in asked]
+    prompts = [score.build_prompt(words, how["chat_format"], question, wording, room) for question, wording in asked]
+    entries = {}
+    for protocol in protocols:
+        started = time.monotonic()
+        progress = _progress(f"{questions[0].task}, {protocol}")
+        if protocol == "generate":
+            answers = score.generate(network, words, many, prompts, token_budget, progress)
+        else:
+            answers = score.choice(network, words, many, prompts, how["chat_format"], token_budget, progress)
+        lines = [_row(q, w, protocol, p, a) for (q, w), p, a in zip(asked, prompts, answers, strict=True)]
+        rows += lines
+        figures = report.summary(lines, protocol)
+        entries[protocol] = figures | how | {"seconds": round(time.monotonic() - started, 1)}
+        if figures["truncated"]:
+            log.warn(f"{questions[0].task}: {figures['truncated']} contexts were cut to the model's window")
+    first, *others = entries.values()
+    return first | ({"protocols": {e["protocol"]: e for e in others}} if others else {})
+
+
+def _row(question: Question, wording: str, protocol: str, asked: score.Prompt, answer: score.Answer) -> report.Row:
+    """A line of predictions.jsonl; `pred` and `gold` are letters, `pred` null where the output has none."""
+    row = {
+        "task": question.task,
+        "id": question.id,
+        "wording": wording,
+        "protocol": protocol,
+        "prompt": asked.text,
+        "output": answer.output,
+        "pred": None if answer.pred is None else letter(answer.pred),
+        "gold": letter(question.gold),
+        "correct": answer.pred == question.gold,
+        "truncated": asked.truncated,
+    }
+    return row | ({"log_likelihoods": list(answer.log_likelihoods)} if answer.log_likelihoods else {})
+
+
+def _progress(label: str) -> score.Progress:
+    last = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SAY_EVERY:
+            last = time.monotonic()
+            log.say(f"{label}: {done} of {total}")
+
+    return say
+
+
+def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
+    """How much better the run in `run_b` did than the one in `run_a`, question by question.
+
+    Returns {"a", "b", "tasks": {task: figures of report.compare and "protocol", further ones below "protocols"}}.
+    Raises UserError: not a finished run, no task and protocol in common, other questions. What only one of the runs has
+    is left out with a warning.
+    """
+    results = [_results(path) for path in (run_a, run_b)]
+    have_a, have_b = (report.entries(r) for r in results)
+    common = [key for key in have_a if key in have_b]
+    if not common:
+        a, b = (", ".join(map(" by ".join, have)) or "no task" for have in (have_a, have_b))
+        raise UserError(f"nothing to compare: {run_a} has {a}; {run_b} has {b}")
+    for task, protocol in set(have_a) ^ set(have_b):
+        log.warn(f"{task} by {protocol} is in one of the runs only: left out")
+    rows_a, rows_b = _predictions(run_a), _predictions(run_b)
+    found: dict[str, dict[str, Any]] = {}
+    for key in common:
+        _same_questions(key[0], rows_a[key], rows_b[key], run_a, run_b)
+        entry = {"protocol": key[1], **report.compare(rows_a[key], rows_b[key])}
+        if key[0] in found:
+            found[key[0]].setdefault("protocols", {})[key[1]] = entry
+        else:
+            found[key[0]] = entry
+    return {"a": results[0]["model"], "b": results[1]["model"], "tasks": found}
+
+
+def _results(out: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(read_text(out / "results.json"))
+    except json.JSONDecodeError as e:
+        raise UserError(f"{out / 'results.json'}:{e.lineno}: not valid JSON: {e.msg}") from None
+    if not isinstance(results, dict) or "tasks" not in results:
+        raise UserError(f"{out / 'results.json'}: is not the record of an evaluation")
+    return results
+
+
+def _predictions(out: Path) -> dict[tuple[str, str], list[report.Row]]:
+    """The lines of predictions.jsonl by (task, protocol)."""
+    rows: dict[tuple[str, str], list[report.Row]] = {}
+    for line in read_text(out / "predictions.jsonl").split("\n"):
+        if line:
+            row = json.loads(line)
+            rows.setdefault((row["task"], row["protocol"]), []).append(row)
+    return rows
+
+
+def _same_questions(task: str, a: list[report.Row], b: list[report.Row], run_a: Path, run_b: Path) -> None:
+    """Raises UserError unless both runs answered the same questions in the same wordings."""
+    asked_a, asked_b = ({(row["id"], row["wording"], row["gold"]) for row in rows} for rows in (a, b))
+    odd = sorted(asked_a ^ asked_b)
+    if odd:
+        where = run_a if odd[0] in asked_a else run_b
+        raise UserError(
+            f"{task}: {run_a} and {run_b} have other questions ({odd[0][0]} in wording {odd[0][1]} with the answer"
+            f" {odd[0][2]} is only in {where}): evaluate both on the same file, split and limit"
+        )
