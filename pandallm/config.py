@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 class Config(BaseModel):
-    """Base of every configuration: unknown keys are errors, inf and nan no numbers, values don't change after loading."""
+    """Base of every configuration: unknown keys are errors, inf and nan no numbers, values don't change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -112,10 +112,10 @@ def _override(tree: dict[str, Any], text: str) -> KeyPath:
             step: str | int = int(part)
         elif isinstance(node, dict):
             step = part
-            if not last and not isinstance(node.get(part), (dict, list)):
+            if not last and node.get(part) is None:
                 node[part] = {}
         else:
-            raise UserError(f"'{text}': {'.'.join(parts[:i])} has no keys")
+            raise UserError(f"'{text}': {'.'.join(parts[:i])} is {node!r} and has no keys")
         path.append(step)
         if last:
             node[step] = _parse(value, f"'{text}'")[0]
@@ -152,14 +152,14 @@ def _real_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
     path: KeyPath = ()
     for part in loc:
         if isinstance(data, dict) and part in data or isinstance(data, list) and isinstance(part, int):
-            data = data[part]
+            data = data[part]  # type: ignore[index]
             path += (part,)
     return path
 
 
 def _explain(error: ValidationError, model: type[Config], data: Any, places: Places, where: str) -> str:
-    """The first problem of a failed validation, as one line."""
-    problems = error.errors()
+    """One problem of a failed validation, as one line: an unknown key, or the most precise one."""
+    problems = sorted(error.errors(), key=lambda p: -len(_real_path(p["loc"], data)))
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = _real_path(first["loc"], data)
     if first["type"] == "missing":

@@ -7,8 +7,8 @@ Train = serve, token for token, holds when the text up to an answer has the same
 behind it (training). Templates end the prompt where tokenizers split anyway; `check_format` tries it for a tokenizer.
 
 What someone writes never becomes a control token: a special token's name inside a message or a raw text gets a blank
-after its first character (`<|im_end|>` -> `< |im_end|>`). The template itself does that, so that all engines do. Formats
-whose marks are plain text (`### Response:`) can't be guarded so, and a model's own foreign template is used as it is.
+after its first character (`<|im_end|>` -> `< |im_end|>`). The template itself does that, so that all engines do.
+Formats whose marks are plain text (`### Response:`) can't be guarded so; a model's own template is used as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from pandallm.config import UserError
@@ -27,13 +28,8 @@ if TYPE_CHECKING:
 ChatFormat = Literal["panda", "chatml", "llama2", "llama3", "alpaca", "belle", "linly"]
 
 # plain() trims contents: white space at the edge of an answer is noise, and the place where tokenizers render a prompt
-# differently with and without the answer behind it. And it breaks the names of special tokens (MARKS: each in two
-# halves, so that a template holds no name but of the marks it sets itself).
-_PLAIN_TEXT = (
-    "{%- macro plain(text) -%}{%- set ns = namespace(text=text | trim) -%}"
-    "{%- for head, rest in MARKS -%}{%- set ns.text = ns.text | replace(head + rest, head + ' ' + rest) -%}"
-    "{%- endfor -%}{{ ns.text }}{%- endmacro -%}"
-)
+# differently with and without the answer behind it. And it breaks the names of special tokens (BREAKS).
+_PLAIN = "{%- macro plain(text) -%}{{ text | trimBREAKS }}{%- endmacro -%}"
 # BOS stands for the tokenizer's own habit.
 _TURNS = (  # system text first; then prompt and answer by the two patterns; turns joined by JOIN
     "BOS{%- for m in messages -%}"
@@ -52,7 +48,8 @@ def _plain(user: str, assistant: str, lead: str = "", join: str = "\n\n", system
 
 
 def _quote(text: str) -> str:
-    return "'" + text.replace("'", "\\'").replace("\n", "\\n") + "'"
+    """A Jinja string."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 TEMPLATES: dict[str, str] = {
@@ -136,8 +133,10 @@ def template(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
             f"chat_format {chat_format}: {lacking[0]} is not a special token of this tokenizer; choose a format it"
             " knows (panda and alpaca need nothing but eos)"
         )
-    halves = [[name[0], name[1:]] for name in _names(tokenizer)]
-    return _PLAIN_TEXT.replace("MARKS", json.dumps(halves, ensure_ascii=False)) + text
+    # A name stands in two halves, so that a template holds no mark whole but those it sets itself.
+    halves = [(name[0], name[1:]) for name in _names(tokenizer)]
+    breaks = [f" | replace({_quote(a)} ~ {_quote(b)}, {_quote(f'{a} {b}')})" for a, b in halves]
+    return _PLAIN.replace("BREAKS", "".join(breaks)) + text
 
 
 def _names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -256,19 +255,18 @@ def check_format(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> None:
             f"chat_format {chat_format}: with this tokenizer the name of a special token, written in a message, becomes"
             " that token; its normalizer must leave blanks alone"
         )
-    for answer in _PROBES:
-        for question in _PROBES:
-            turns: list[tuple[str, str]] = [("user", question), ("assistant", answer)]
-            for _ in range(2):  # the first answer, then the second of a longer talk
-                trained = render(tokenizer, [Dialogue(tuple(turns))])[0]
-                served = render_prompt(tokenizer, Dialogue(tuple(turns[:-1])).as_messages())
-                edge = len(served)
-                if trained.input_ids[:edge] != served or trained.loss_mask[edge - 1 : edge + 1] != [False, True]:
-                    raise UserError(
-                        f"chat_format {chat_format}: with this tokenizer a prompt has other ids in training than in"
-                        f" serving (before the answer {answer!r}); choose another format"
-                    )
-                turns += [("user", answer), ("assistant", question)]
+    talks = []
+    for question, answer in product(_PROBES, _PROBES):
+        turns = (("user", question), ("assistant", answer))
+        talks += [Dialogue(turns), Dialogue((*turns, ("user", answer), ("assistant", question)))]
+    for talk, trained in zip(talks, render(tokenizer, talks), strict=True):
+        served = render_prompt(tokenizer, talk.as_messages()[:-1])
+        edge = len(served)
+        if trained.input_ids[:edge] != served or trained.loss_mask[edge - 1 : edge + 1] != [False, True]:
+            raise UserError(
+                f"chat_format {chat_format}: with this tokenizer a prompt has other ids in training than in serving"
+                f" (before the answer {talk.messages[-1][1]!r}); choose another format"
+            )
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from pandallm import demo, files, prompt, tokenizer
 from pandallm.config import UserError
+from pandallm.data.questions import letter
 from pandallm.evaluate import report, score, tasks
 from pandallm.evaluate import run as evaluation
 from pandallm.evaluate.tasks import Question
@@ -240,8 +241,8 @@ def test_choice_where_the_answer_joins_the_prompt(tiny: tuple[PreTrainedModel, P
     assert words(asked.text + " A")["input_ids"][: len(asked.ids)] != asked.ids
     expected = []
     shared = min(len(_common(asked.ids, words(asked.text + f" {c}")["input_ids"])) for c in "ABC")
-    for letter in "ABC":
-        ids = words(asked.text + f" {letter}")["input_ids"]
+    for name in "ABC":
+        ids = words(asked.text + f" {name}")["input_ids"]
         with torch.no_grad():
             logits = tiny[0](torch.tensor([ids])).logits[0].log_softmax(-1)
         expected.append(sum(float(logits[i - 1, ids[i]]) for i in range(shared, len(ids))))
@@ -467,7 +468,7 @@ def test_results(finished: Path) -> None:
         assert entry["data"] == files.hash_file(tasks.find(task, DEMO, "dev"))
         for row, question in zip(mine, tasks.load(task, DEMO, "dev"), strict=False):
             assert row["id"] == question.id and row["prompt"] == tasks.prompt_for(question, "original")
-            assert row["gold"] == tasks.letter(question.gold) and row["correct"] == (row["pred"] == row["gold"])
+            assert row["gold"] == letter(question.gold) and row["correct"] == (row["pred"] == row["gold"])
             assert row["wording"] == "original" and row["truncated"] is False
     assert set(results["tasks"]["c3-m"]["protocols"]) == {"choice"}
     assert results["bits_per_character"]["a.txt"]["characters"] == len("你好，\n世界。")

@@ -14,23 +14,26 @@ def epochs_for(trained: Sequence[int], weights: Sequence[float | None], epochs: 
     """Passes over each source, from its trained tokens and its weight or epochs (one of them given).
 
     Sources with epochs count as they are; those with weights are scaled to their share of the whole. Where all have
-    weights, the whole keeps the size of all sources seen once.
+    weights, the whole keeps the size of all sources seen once. Raises UserError where a share can't be had.
     """
     shares = sum(w for w in weights if w is not None)
     fixed = sum(t * e for t, e in zip(trained, epochs, strict=True) if e is not None)
     all_weighted = all(w is not None for w in weights)
-    if shares >= 1 and not all_weighted:
-        raise UserError("sources: the weights add up to 1 or more, which leaves nothing for the sources with epochs")
-    whole = sum(trained) / shares if all_weighted and shares else fixed / (1 - shares) if shares < 1 else 0.0
+    if shares and not all_weighted and not fixed:
+        raise UserError("sources: weights are shares beside the sources with epochs; those hold nothing to train on")
+    whole = sum(trained) / shares if all_weighted else fixed / (1 - shares)
     return [
         float(e) if e is not None else (whole * w / t if w and t else 0.0)
         for t, w, e in zip(trained, weights, epochs, strict=True)
     ]
 
 
-def repeats(n_records: int, epochs: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """How often each of a source's records is used [n_records]: all the whole epochs, and a random part once more."""
-    counts = np.full(n_records, int(epochs), dtype=np.int64)
-    extra = round((epochs - int(epochs)) * n_records)
-    counts[rng.permutation(n_records)[:extra]] += 1
+def repeats(trained: NDArray[np.integer], epochs: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """How often each of a source's records is used [N], from their trained tokens [N]: all of them the whole epochs;
+    for the rest random ones once more, until those tokens come nearest to what is asked."""
+    counts = np.full(len(trained), int(epochs), dtype=np.int64)
+    wanted = (epochs - int(epochs)) * int(trained.sum())
+    order = rng.permutation(len(trained))
+    sums = np.cumsum([0, *trained[order].tolist()])
+    counts[order[: int(np.abs(sums - wanted).argmin())]] += 1
     return counts

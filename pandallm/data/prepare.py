@@ -1,17 +1,15 @@
 """`panda data prepare`: corpora -> packed token shards. Outside torch.distributed, in parallel, resumable.
 
-Each corpus file becomes a part (tokenize.py); then duplicates are left out, sources mixed and documents packed, which
-needs only their lengths. The result is the same bytes whatever the number of workers and however often it was killed.
+Each corpus file becomes a part (small ones some together; tokenize.py); then duplicates are left out, sources mixed
+and documents packed, which needs only their lengths. The result is the same bytes whatever the number of workers and
+however often it was killed.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +89,14 @@ class PrepareConfig(Config):
             raise ValueError(f"two sources are called '{twice[0]}'")
         return value
 
+    @field_validator("sources")
+    @classmethod
+    def _weights_leave_room(cls, value: list[Source]) -> list[Source]:
+        weights = [source.weight for source in value if source.weight is not None]
+        if len(weights) < len(value) and sum(weights) > 1 - 1e-6:
+            raise ValueError("the weights add up to 1 or more, which leaves nothing for the sources with epochs")
+        return value
+
 
 def run(path: str, overrides: list[str]) -> dict[str, Any]:
     """Prepares the shards a config asks for; returns their manifest. A finished run is found and left alone."""
@@ -101,79 +107,62 @@ def run(path: str, overrides: list[str]) -> dict[str, Any]:
     if conf.pad_token:
         tokenizers.add_pad(tokenizer, conf.pad_token)
     prompt.set_format(tokenizer, conf.chat_format)
-    jobs = _jobs(conf, corpus, tokenizers.fingerprint(tokenizer), len(tokenizer))
+    jobs = _jobs(conf, corpus, tokenizers.fingerprint(tokenizer), 1 + max(tokenizer.get_vocab().values()))
     fingerprint = files.hash_json([conf.model_dump(exclude={"workers"}), [job.fingerprint() for job in jobs]])
-    state = out / "prepare.json"
-    if state.exists() and files.read_json(state)["fingerprint"] == fingerprint and (out / "manifest.json").exists():
-        manifest = shards.Shards(out).manifest
+    if manifest := _finished(out, fingerprint):
         log.say(f"{out}: prepared already: {manifest['rows']} rows, {manifest['trained_tokens']} trained tokens")
         return manifest
-    (out / "parts").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "parts").mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: out: {out} can't be made: {e.strerror}") from None
     (out / "manifest.json").unlink(missing_ok=True)  # until the new one: nobody trains on half of each
-    done = _tokenize(jobs, conf)
+    done = tokenize.run_all(jobs, conf.workers, conf.pad_token)
     try:
         counts = _count(conf, jobs, done)
         manifest = _assemble(conf, jobs, done, counts)
     except UserError:
         _remove(out, keep=set())
         raise
-    manifest["tokenizer_hash"] = jobs[0].tokenizer_hash
-    files.write_json(out / "manifest.json", manifest)
-    files.write_json(state, {"fingerprint": fingerprint})
     _remove(out, keep={job.name for job in jobs})
+    manifest |= {"tokenizer_hash": jobs[0].tokenizer_hash, "fingerprint": fingerprint}
+    files.write_json(out / "manifest.json", manifest)
     _report(out, manifest)
     return manifest
+
+
+def _finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The manifest of whole shards made from just this, if `out` holds them."""
+    try:
+        manifest = shards.Shards(out).manifest
+    except UserError:
+        return None
+    return manifest if manifest.get("fingerprint") == fingerprint else None
 
 
 def _jobs(
     conf: PrepareConfig, corpus: list[tuple[Source, list[Path]]], tokenizer_hash: str, vocab_size: int
 ) -> list[tokenize.Job]:
-    return [
-        tokenize.Job(
-            name=f"{source.name}-{number:05d}",
-            source=source.name,
-            file=str(file),
-            layout=source.format,
-            instruction=(source.instruction,) if isinstance(source.instruction, str) else tuple(source.instruction),
-            tokenizer=conf.tokenizer,
-            tokenizer_hash=tokenizer_hash,
-            chat_format=conf.chat_format,
-            vocab_size=vocab_size,
-            seq_len=conf.seq_len,
-            seed=conf.seed,
-            out=conf.out,
-        )
-        for source, paths in corpus
-        for number, file in enumerate(paths)
-    ]
-
-
-_worker: dict[str, Any] = {}  # the tokenizer of a worker process
-
-
-def _start_worker(name: str, chat_format: prompt.ChatFormat, pad_token: str | None) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    tokenizer = tokenizers.load(resolve(name))
-    if pad_token:
-        tokenizers.add_pad(tokenizer, pad_token)
-    tokenizer.chat_template = prompt.template(chat_format, tokenizer)
-    _worker["tokenizer"] = tokenizer
-
-
-def _work(job: tokenize.Job) -> dict[str, Any]:
-    return tokenize.run(job, _worker["tokenizer"])
-
-
-def _tokenize(jobs: list[tokenize.Job], conf: PrepareConfig) -> list[dict[str, Any]]:
-    """Runs the jobs, in processes if there are several of each; results in the jobs' order."""
-    start = partial(_start_worker, conf.tokenizer, conf.chat_format, conf.pad_token)
-    workers = min(conf.workers, len(jobs))
-    if workers == 1 or sum(Path(job.file).stat().st_size for job in jobs) < 4_000_000:
-        start()  # starting processes would take longer than the work
-        return [_work(job) for job in jobs]
-    context = multiprocessing.get_context("spawn")  # a forked tokenizer with threads may hang
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start) as pool:
-        return list(pool.map(_work, jobs))
+    jobs = []
+    for source, paths in corpus:
+        phrasings = (source.instruction,) if isinstance(source.instruction, str) else tuple(source.instruction)
+        for number, group in enumerate(tokenize.groups(paths)):
+            job = tokenize.Job(
+                name=f"{source.name}-{number:05d}",
+                source=source.name,
+                files=tuple(map(str, group)),
+                layout=source.format,
+                instruction=phrasings,
+                tokenizer=conf.tokenizer,
+                tokenizer_hash=tokenizer_hash,
+                chat_format=conf.chat_format,
+                vocab_size=vocab_size,
+                seq_len=conf.seq_len,
+                seed=conf.seed if len(phrasings) > 1 else 0,  # nothing else in a part is random
+                out=conf.out,
+            )
+            jobs.append(job)
+    return jobs
 
 
 def _count(conf: PrepareConfig, jobs: list[tokenize.Job], done: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -204,29 +193,15 @@ def _assemble(
 ) -> dict[str, Any]:
     """Leaves out duplicates, mixes, packs, and writes the rows; returns the manifest."""
     out = Path(conf.out)
-    documents = [shards.read_flat(out / f"parts/{job.name}.documents.bin", shards.DOCUMENT) for job in jobs]
-    records = [shards.read_flat(out / f"parts/{job.name}.records.bin", shards.RECORD) for job in jobs]
+    documents = [np.fromfile(out / f"parts/{job.name}.documents.bin", shards.DOCUMENT) for job in jobs]
+    records = [np.fromfile(out / f"parts/{job.name}.records.bin", shards.RECORD) for job in jobs]
     keep = _first_occurrences(records) if conf.dedup.exact else [np.ones(len(r), bool) for r in records]
-    trained: dict[str, int] = {source.name: 0 for source in conf.sources}
-    for job, docs, kept in zip(jobs, documents, keep, strict=True):
+    for job, kept in zip(jobs, keep, strict=True):
         counts[job.source]["dropped"]["duplicate"] += int((~kept).sum())
-        trained[job.source] += int(docs["trained"][kept[docs["record"]]].sum())
-    weights = [s.weight for s in conf.sources]
-    given = [s.epochs if s.epochs is not None or s.weight is not None else 1.0 for s in conf.sources]
-    epochs = dict(zip(trained, mix.epochs_for(list(trained.values()), weights, given), strict=True))
-
-    rng = np.random.default_rng(conf.seed)
-    chosen, first = [], 0
-    for job, docs, kept in zip(jobs, documents, keep, strict=True):
-        times = np.zeros(len(kept), np.int64)
-        times[kept] = mix.repeats(int(kept.sum()), epochs[job.source], rng)
-        numbers = np.repeat(np.arange(len(docs)), times[docs["record"]]) if len(docs) else np.empty(0, np.int64)
-        chosen.append(numbers + first)
-        first += len(docs)
-    numbers = rng.permutation(np.concatenate(chosen))
+    numbers, epochs = _mix(conf, jobs, documents, keep)
     if not len(numbers):
-        dropped = {cause: n for c in counts.values() for cause, n in c["dropped"].items() if n}
-        raise UserError(f"{out}: nothing to train on: the corpora are empty (dropped: {dropped or 'nothing'})")
+        dropped: Counter[str] = sum((count["dropped"] for count in counts.values()), Counter())
+        raise UserError(f"{out}: nothing to train on: the corpora are empty (dropped: {dict(dropped) or 'nothing'})")
     everything = np.concatenate(documents)
     lengths = everything["length"][numbers]
     rows = pack.best_fit(lengths, conf.seq_len) if conf.packing == "best_fit" else [[i] for i in range(len(numbers))]
@@ -237,6 +212,36 @@ def _assemble(
             array.tofile(tmp)
     table = _sources_table(conf, jobs, documents, numbers, counts, epochs)
     return _manifest(conf, jobs, done, table, len(rows), everything[numbers])
+
+
+def _mix(
+    conf: PrepareConfig, jobs: list[tokenize.Job], documents: list[NDArray[Any]], keep: list[NDArray[np.bool_]]
+) -> tuple[NDArray[np.int64], dict[str, float]]:
+    """Numbers of the documents to train on, shuffled, repeats included; and how often each source is seen."""
+    # Trained tokens of each kept record of a source, over all its parts.
+    sizes: dict[str, list[NDArray[np.int64]]] = {source.name: [] for source in conf.sources}
+    for job, docs, kept in zip(jobs, documents, keep, strict=True):
+        trained = np.bincount(docs["record"], docs["trained"], minlength=len(kept)).astype(np.int64)
+        sizes[job.source].append(trained[kept])
+    totals = [sum(int(part.sum()) for part in parts) for parts in sizes.values()]
+    for source, total in zip(conf.sources, totals, strict=True):
+        if source.weight and not total:
+            raise UserError(f"source {source.name}: it can't have weight {source.weight}: it holds nothing to train on")
+    given = [s.epochs if s.epochs is not None or s.weight is not None else 1.0 for s in conf.sources]
+    epochs = dict(zip(sizes, mix.epochs_for(totals, [s.weight for s in conf.sources], given), strict=True))
+
+    rng = np.random.default_rng(conf.seed)
+    times: list[NDArray[np.int64]] = []  # a part each, in the jobs' order: how often each kept record is used
+    for name, parts in sizes.items():
+        drawn = mix.repeats(np.concatenate(parts), epochs[name], rng)
+        times += np.split(drawn, np.cumsum([len(part) for part in parts])[:-1])
+    chosen, first = [], 0
+    for docs, kept, used in zip(documents, keep, times, strict=True):
+        of_record = np.zeros(len(kept), np.int64)
+        of_record[kept] = used
+        chosen.append(np.repeat(np.arange(len(docs)), of_record[docs["record"]]) + first)
+        first += len(docs)
+    return rng.permutation(np.concatenate(chosen)), epochs
 
 
 def _first_occurrences(records: list[NDArray[Any]]) -> list[NDArray[np.bool_]]:
@@ -311,7 +316,7 @@ def _manifest(
         "token_dtype": shards.token_dtype(jobs[0].vocab_size).str,
         "vocab_size": jobs[0].vocab_size,
         "sources": table,
-        "parts": [{"name": job.name, "source": job.source, "file": job.file} for job in jobs],
+        "parts": [{"name": job.name, "source": job.source, "files": list(job.files)} for job in jobs],
         "config": conf.model_dump(exclude={"workers"}),
         "files": hashes,
         "sizes": {name: (out / name).stat().st_size for name in hashes},
@@ -319,12 +324,15 @@ def _manifest(
 
 
 def _remove(out: Path, keep: set[str]) -> None:
-    """Removes parts that the config no longer asks for; with none kept, all that a failed run wrote."""
+    """Removes parts that the config no longer asks for and what killed runs left half written; with none kept, all
+    that a failed run wrote."""
     for path in (out / "parts").iterdir():
-        if path.name.split(".")[0] not in keep:
+        if path.name.split(".")[0] not in keep or path.name.endswith(files.TEMPORARY):
             path.unlink()
+    for path in out.glob(f"*{files.TEMPORARY}"):
+        path.unlink()
     if not keep:
-        for name in ("rows.documents.bin", "rows.sizes.bin", "prepare.json"):
+        for name in ("rows.documents.bin", "rows.sizes.bin"):
             (out / name).unlink(missing_ok=True)
         for folder in (out / "parts", out):
             if not any(folder.iterdir()):

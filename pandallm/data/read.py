@@ -1,23 +1,29 @@
 """Files of any layout -> records. What a file holds is told from its content, never from its name.
 
 JSON lines, one JSON array, one JSON object a file, or plain text (one document a file); UTF-8 with or without BOM,
-or GB18030; LF or CRLF.
+or GB18030; LF or CRLF; gzipped or not. What can't be read is a Bad, counted by the caller, never an exception.
 """
 
 from __future__ import annotations
 
 import codecs
+import gzip
 import io
+import os
+import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import orjson
 
 from pandallm.config import UserError
 
 SNIFF_BYTES = 1 << 20
+SNIFF_LINES = 100
 
 
 @dataclass(frozen=True)
@@ -38,54 +44,67 @@ class Bad:
 
 
 def files_of(path: Path, where: str) -> list[Path]:
-    """The regular files of a corpus, in a fixed order. UserError if there is none, or for a link out of the folder."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    """The regular files of a corpus, in a fixed order. UserError if there is none, one can't be opened, or a link leads
+    nowhere or out of the folder. Hidden files, and folders that links name a second time, are left out."""
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise UserError(f"{where}: {path}: no such file or folder")
     root = path.resolve()
     found = []
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
-            if not file.resolve().is_relative_to(root):
-                raise UserError(f"{where}: {file}: a link that leads out of {path}; copy the file or name its folder")
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if any(part.startswith(".") for part in file.relative_to(path).parts):
+            continue
+        if not os.path.exists(file):
+            raise UserError(f"{where}: {file}: a link that leads nowhere; remove it or mend it")
+        if not file.resolve().is_relative_to(root):
+            raise UserError(f"{where}: {file}: a link that leads out of {path}; copy the file or name its folder")
+        if file.is_file():
+            if not os.access(file, os.R_OK):
+                raise UserError(f"{where}: {file}: may not be read by this user")
             found.append(file)
     if not found:
         raise UserError(f"{where}: {path}: the folder holds no files")
     return found
 
 
-def detect_encoding(path: Path) -> str:
-    """`utf-8-sig` (UTF-8 with or without a BOM), or `gb18030` when the file's start is that and not UTF-8."""
-    with open(path, "rb") as f:
-        head = f.read(SNIFF_BYTES)
-    for name in ("utf-8-sig", "gb18030"):
-        try:
-            codecs.getincrementaldecoder(name)().decode(head)  # incremental: the cut may fall inside a character
-            return name
-        except UnicodeDecodeError:
-            continue
-    return "utf-8-sig"  # neither: its lines are then counted as bad_encoding
-
-
 def records(path: Path, as_text: bool = False) -> Iterator[Record | Bad]:
     """The records of one file in order; `as_text` takes it as one plain document whatever it looks like."""
-    encoding = detect_encoding(path)
+    last = 0
+    try:
+        for item in _records(path, as_text):
+            last = item.line
+            yield item
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        yield Bad("bad_gzip", last + 1, str(e))
+
+
+def _open(path: Path) -> BinaryIO:
+    with open(path, "rb") as f:
+        packed = f.read(2) == b"\x1f\x8b"
+    return cast(BinaryIO, gzip.open(path) if packed else open(path, "rb"))
+
+
+def _records(path: Path, as_text: bool) -> Iterator[Record | Bad]:
+    encoding = _detect_encoding(path)
     kind = "text" if as_text else _kind(path, encoding)
     if kind == "lines":
         yield from _json_lines(path, encoding)
         return
+    with _open(path) as f:
+        data = f.read()
     try:
-        text = path.read_text(encoding=encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as e:
-        yield Bad("bad_encoding", 1, f"byte {e.start} is neither UTF-8 nor GB18030")
+        yield Bad("bad_encoding", data.count(b"\n", 0, e.start) + 1, f"byte {e.start} is neither UTF-8 nor GB18030")
         return
     if kind == "text":
-        if text.strip():
-            yield Record(text.strip(), 1)
+        text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\ufeff \t\r\n")
+        if "\0" in text:
+            yield Bad("bad_encoding", text.count("\n", 0, text.index("\0")) + 1, "a NUL: this is no text file")
+        elif text:
+            yield Record(text, 1)
         return
     try:
-        value = orjson.loads(text)
+        value = orjson.loads(text.lstrip("\ufeff"))
     except orjson.JSONDecodeError as e:
         yield Bad("bad_json", e.lineno, e.msg)
         return
@@ -96,19 +115,36 @@ def records(path: Path, as_text: bool = False) -> Iterator[Record | Bad]:
         yield Record(value, 1)
 
 
+def _detect_encoding(path: Path) -> str:
+    """`gb18030` where the file's start, read as UTF-8, is wrong more often than right; else UTF-8 (BOM or not), whose
+    damaged lines are then counted."""
+    with _open(path) as f:
+        head = f.read(SNIFF_BYTES)
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # incremental: the cut may split a character
+    wrong = text.count("\ufffd")
+    right = len(text) - wrong - len(text.encode("ascii", "ignore"))
+    return "gb18030" if wrong > right else "utf-8-sig"
+
+
+# `[` and `{` open texts too: "[新华社] …".
+_JSON_START = re.compile(r"\{|\[\s*(?:[\[{\]\"'\d-]|true|false|null|$)")
+
+
 def _kind(path: Path, encoding: str) -> str:
-    """`lines`, `array`, `object` or `text`, from the first lines that aren't blank."""
-    with open(path, encoding=encoding, errors="replace") as f:
-        lines = (line.strip() for line in f)
-        first = next((line for line in lines if line), "")
-        second = next((line for line in lines if line), "")
-    if not first.startswith(("{", "[")):
+    """`lines`, `array`, `object` or `text`, from the first lines that aren't blank; one of them may be broken."""
+    with _open(path) as raw:
+        stripped = (line.strip("\ufeff \t\r\n") for line in io.TextIOWrapper(raw, encoding, errors="replace"))
+        lines = list(islice((line for line in stripped if line), SNIFF_LINES))
+    if not lines:
         return "text"
-    if _parses(first) and second:
-        return "lines"
-    if second and _parses(second) and second.startswith(("{", "[")) and not first.endswith(("[", "{", ",")):
-        return "lines"  # the first line is broken, the second is a record
-    return "array" if first.startswith("[") else "object"
+    starts_json = bool(_JSON_START.match(lines[0]))
+    if len(lines) > 1:
+        whole = [line.startswith(("{", "[")) and _parses(line) for line in lines]
+        if whole[0] or 2 * sum(whole) > len(lines) or (starts_json and 2 * sum(whole) == len(lines)):
+            return "lines"
+    if not starts_json:
+        return "text"
+    return "array" if lines[0].startswith("[") else "object"
 
 
 def _parses(line: str) -> bool:
@@ -120,26 +156,20 @@ def _parses(line: str) -> bool:
 
 
 def _json_lines(path: Path, encoding: str) -> Iterator[Record | Bad]:
-    with open(path, "rb") as raw:
+    with _open(path) as raw:
         # Only LF ends a line: U+2028 and the like occur inside strings of real corpora.
         for number, line in enumerate(raw, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
             if encoding == "gb18030":
                 try:
                     line = line.decode(encoding).encode()
                 except UnicodeDecodeError as e:
                     yield Bad("bad_encoding", number, str(e))
                     continue
-            if not line.strip():
+            line = line.removeprefix(codecs.BOM_UTF8).strip()  # a BOM may stand in the middle of joined files
+            if not line:
                 continue
             try:
                 yield Record(orjson.loads(line), number)
             except orjson.JSONDecodeError as e:
                 cause = "bad_encoding" if "UTF-8" in e.msg.upper() else "bad_json"
                 yield Bad(cause, number, f"{e.msg} (column {e.colno})")
-
-
-def text_of(path: Path) -> str:
-    """A whole file as text, line ends made LF."""
-    return io.TextIOWrapper(open(path, "rb"), encoding=detect_encoding(path)).read()

@@ -1,10 +1,10 @@
 """The token shards on disk: flat, memory-mapped files and a manifest.
 
     manifest.json             counts at every step, causes of drops, tokenizer and file hashes, config
-    parts/NAME.tokens.bin     token ids of one corpus file's documents, end to end (uint16 or uint32)
+    parts/NAME.tokens.bin     token ids of some corpus files' documents, end to end (uint16 or uint32)
     parts/NAME.mask.bin       uint8 a token: 1 where it is trained
     parts/NAME.documents.bin  a DOCUMENT a document: where it lies, and which record it came from
-    parts/NAME.records.bin    a RECORD a kept record: its line in the corpus file, and its content's hash
+    parts/NAME.records.bin    a RECORD a kept record: its corpus file and line, and its content's hash
     rows.documents.bin        uint32: document numbers (over all parts, in the manifest's order), row by row
     rows.sizes.bin            uint32 a row: how many of those it holds
 
@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from pandallm import files
 from pandallm.config import UserError
 
-FORMAT = 1
+FORMAT = 2
 DOCUMENT = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("trained", "<u4"), ("record", "<u4"), ("piece", "<u4")]
 )  # offset in tokens within the part; record: index into its records; piece: number within a text that was cut up
-RECORD = np.dtype([("key", "S16"), ("line", "<u8")])
+RECORD = np.dtype([("key", "S16"), ("file", "<u4"), ("line", "<u8")])  # file: number within the part's
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -51,7 +51,10 @@ class Shards:
         manifest = self.folder / "manifest.json"
         if not manifest.exists():
             raise UserError(f"{folder}: no manifest.json; make the shards with: panda data prepare CONF.yaml")
-        self.manifest: dict[str, Any] = files.read_json(manifest)
+        try:
+            self.manifest: dict[str, Any] = files.read_json(manifest)
+        except ValueError as e:
+            raise UserError(f"{manifest}: damaged ({e}); prepare the shards again") from None
         if self.manifest.get("format") != FORMAT:
             raise UserError(
                 f"{folder}: shards of format {self.manifest.get('format')}, not {FORMAT}; prepare them again"
@@ -102,8 +105,9 @@ class Shards:
     def provenance(self, number: int) -> tuple[str, str, int]:
         """(source, corpus file, line) of a document."""
         part, d = self._locate(number)
-        records = read_flat(self.folder / f"parts/{self.parts[part]['name']}.records.bin", RECORD)
-        return self.parts[part]["source"], self.parts[part]["file"], int(records[int(d["record"])]["line"])
+        about = self.parts[part]
+        record = read_flat(self.folder / f"parts/{about['name']}.records.bin", RECORD)[int(d["record"])]
+        return about["source"], about["files"][int(record["file"])], int(record["line"])
 
     def documents_of(self, source: str) -> NDArray[np.int64]:
         """Document numbers of a source that stand in some row."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from transformers import PreTrainedTokenizerBase
+
 from pandallm import prompt, tokenizer
 from pandallm.data.shards import Shards
 from pandallm.model.load import resolve
@@ -32,10 +34,21 @@ def run(folder: str, count: int, source: str | None, colour: bool) -> list[str]:
             ids, mask = data.document(number)
             name, file, line = data.provenance(number)
             lines.append(f"--- {title}, {name}, {file}:{line}, {len(ids)} tokens, {int(mask.sum())} trained")
-            text = ""
-            for trained, pairs in groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=lambda pair: pair[1]):
-                piece = str(tok.decode([i for i, _ in pairs]))
-                text += f"{before}{piece}{after}" if trained else piece
-            lines.append(text)
+            lines.append(_marked(tok, ids.tolist(), mask.tolist(), before, after))
         shown.append("\n".join(lines))
     return shown
+
+
+def _marked(tok: PreTrainedTokenizerBase, ids: list[int], mask: list[bool], before: str, after: str) -> str:
+    """The text of ids, with `before` and `after` around what is trained."""
+    text, shown, end = "", 0, 0
+    for trained, group in groupby(mask):
+        end += len(list(group))
+        # Decoded from the start: a border may lie inside a character, and pieces alone lose their blanks.
+        whole = str(tok.decode(ids[:end], clean_up_tokenization_spaces=False))
+        if end < len(ids):
+            whole = whole.rstrip("\ufffd")
+        piece = whole[shown:]
+        text += f"{before}{piece}{after}" if trained else piece
+        shown = max(shown, len(whole))
+    return text

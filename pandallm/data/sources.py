@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pandallm.data import questions
 from pandallm.prompt import Dialogue, Example, Text
 
 Json = Mapping[str, Any]
@@ -17,7 +18,7 @@ class Drop(Exception):
 
 
 # Causes that mean "this is not what the corpus says it is": they count towards `max_bad`. The others are expected.
-BAD = ("bad_json", "bad_encoding", "bad_record", "unknown_layout")
+BAD = ("bad_json", "bad_encoding", "bad_gzip", "bad_record", "unknown_layout")
 
 # The fixed instruction of each corpus that carries none. A config's `instruction` replaces it.
 INSTRUCTIONS = {
@@ -32,10 +33,14 @@ def examples_of(record: Any, layout: str, instruction: Sequence[str], seed: int)
     name = recognise(record) if layout == "auto" else layout
     if name is None:
         raise Drop("unknown_layout")
+    read = LAYOUTS[name][1]
     phrasings = list(instruction) or [INSTRUCTIONS.get(name, "")]
     try:
-        return LAYOUTS[name][1](record, _draw(phrasings, record, seed))
-    except (KeyError, TypeError, AttributeError, IndexError):
+        if len(phrasings) == 1:
+            return read(record, phrasings[0])
+        # Drawn by the content, not by ids: duplicates stay duplicates. The same whatever the order of work.
+        return read(record, phrasings[zlib.crc32(f"{seed} {read(record, '')}".encode()) % len(phrasings)])
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise Drop("bad_record") from None
 
 
@@ -44,6 +49,8 @@ def recognise(record: Any) -> str | None:
     if isinstance(record, str):
         return "text"
     if isinstance(record, list):
+        if len(record) == 3 and isinstance(record[0], list) and isinstance(record[1], list):
+            return "c3"
         if not record or not isinstance(record[0], dict):
             return None
         return "unified" if "inputs" in record[0] else "alpaca_turns" if "instruction" in record[0] else None
@@ -56,22 +63,19 @@ def recognise(record: Any) -> str | None:
     return None
 
 
-def _draw(phrasings: list[str], record: Any, seed: int) -> str:
-    """One phrasing, the same for the same record and seed whatever the order of work."""
-    if len(phrasings) == 1:
-        return phrasings[0]
-    return phrasings[zlib.crc32(f"{seed} {record!r}".encode()) % len(phrasings)]
+def _clean(value: Any) -> str:
+    """A string with LF line ends and no white space around it; null is an empty one."""
+    if not isinstance(value, str | None):
+        raise Drop("bad_record")
+    return (value or "").replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def _string(record: Json, key: str) -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise Drop("bad_record")
-    return value.replace("\r\n", "\n").replace("\r", "\n").strip()
+    return _clean(record[key])
 
 
 def _optional(record: Json, key: str) -> str:
-    return _string(record, key) if record.get(key) is not None else ""
+    return _clean(record.get(key))
 
 
 def _text(text: str) -> list[Example]:
@@ -86,6 +90,8 @@ def _ask(question: str, answer: str) -> list[Example]:
 
 def _talk(turns: list[tuple[str, str]]) -> list[Example]:
     """A dialogue, after checks: user and assistant in turn, ending in an answer that isn't empty."""
+    if turns and turns[0] == ("system", ""):
+        turns = turns[1:]
     body = turns[1:] if turns and turns[0][0] == "system" else turns
     while body and body[-1][0] == "user":  # a question nobody answered
         body = body[:-1]
@@ -106,7 +112,7 @@ def _join(*parts: str) -> str:
 
 
 def _plain(record: str, _: str) -> list[Example]:
-    return _text(record.replace("\r\n", "\n").strip())
+    return _text(_clean(record))
 
 
 def _wiki(r: Json, _: str) -> list[Example]:
@@ -126,6 +132,8 @@ def _title_and(content: str) -> Callable[[Json, str], list[Example]]:
 def _question(answer: str) -> Callable[[Json, str], list[Example]]:
     def read(r: Json, instruction: str) -> list[Example]:
         title, desc = _string(r, "title"), _optional(r, "desc")
+        if not (title or desc):
+            raise Drop("empty_question")
         return _ask(_join(instruction, title, desc if desc != title else ""), _string(r, answer))
 
     return read
@@ -146,9 +154,12 @@ def _exam(r: Json, _: str) -> list[Example]:
 
 
 def _alpaca(r: Json, _: str) -> list[Example]:
-    turns: list[tuple[str, str]] = [("system", _string(r, "system"))] if r.get("system") else []
+    turns: list[tuple[str, str]] = [("system", _optional(r, "system"))]
     for past in r.get("history") or []:
-        turns += [("user", past[0].strip()), ("assistant", past[1].strip())]
+        if not isinstance(past, list):  # two letters would pass for a question and an answer
+            raise Drop("bad_record")
+        question, answer = past
+        turns += [("user", _clean(question)), ("assistant", _clean(answer))]
     question = _join(_string(r, "instruction"), _optional(r, "input"))
     return _talk([*turns, ("user", question), ("assistant", _string(r, "output"))])
 
@@ -214,6 +225,27 @@ def _moss(r: Json, _: str) -> list[Example]:
     return _talk(turns)
 
 
+def _choose(context: str, question: str, options: Sequence[str], gold: int) -> list[Example]:
+    """A multiple-choice question, asked as `panda eval` asks it; the answer is the letter."""
+    if not 2 <= len(options) <= 26 or not 0 <= gold < len(options) or not all(isinstance(o, str) for o in options):
+        raise Drop("bad_record")
+    return _ask(questions.text_of(context, question, options), questions.letter(gold))
+
+
+def _c3(r: Sequence[Any], _: str) -> list[Example]:
+    paragraphs, asked, _id = r
+    context = "\n".join(map(_clean, paragraphs))
+    return [
+        example
+        for q in asked
+        for example in _choose(context, _string(q, "question"), q["choice"], q["choice"].index(q["answer"]))
+    ]
+
+
+def _logiqa(r: Json, _: str) -> list[Example]:
+    return _choose(_string(r, "text"), _string(r, "question"), r["options"], int(r["answer"]))
+
+
 # name -> (keys that tell it, reader). The first whose keys a record has is taken: the more telling ones stand first.
 # Lists, strings and COIG's rounds have no keys of their own; `recognise` knows them.
 LAYOUTS: dict[str, tuple[frozenset[str], Callable[[Any, str], list[Example]]]] = {
@@ -230,8 +262,10 @@ LAYOUTS: dict[str, tuple[frozenset[str], Callable[[Any, str], list[Example]]]] =
     "sharegpt": (frozenset({"conversations"}), _listed("conversations", "from", "value")),
     "messages": (frozenset({"messages"}), _listed("messages", "role", "content")),
     "article": (frozenset({"title", "content"}), _title_and("content")),  # WuDao
+    "logiqa": (frozenset({"text", "question", "options", "answer"}), _logiqa),
     "json_text": (frozenset({"text"}), _wiki),  # C4
     "alpaca_turns": (frozenset(), _alpaca_turns),
+    "c3": (frozenset(), _c3),
     "rounds": (frozenset(), _rounds),
     "text": (frozenset(), _plain),
 }

@@ -1,23 +1,34 @@
-"""One corpus file -> one part of the shards. Runs in worker processes; each part appears whole or not at all."""
+"""Corpus files -> the parts of the shards, in worker processes; each part appears whole or not at all."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import reprlib
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from blake3 import blake3
 from transformers import PreTrainedTokenizerBase
 
 from pandallm import files, prompt
+from pandallm import tokenizer as tokenizers
 from pandallm.data import read, shards, sources
+from pandallm.model.load import resolve
 from pandallm.prompt import Dialogue, Example, Rendered, Text
 
 BATCH = 256  # records rendered at once
 SHOWN = 5  # bad records shown of each file
+PART_BYTES = 64 << 20  # small files make a part together until it is this large: thousands of parts can't all be open
+PROCESSES_PAY = 4_000_000  # bytes of corpora below which starting processes takes longer than the work
 KINDS = ("tokens", "mask", "documents", "records")
 
 
@@ -27,7 +38,7 @@ class Job:
 
     name: str
     source: str
-    file: str
+    files: tuple[str, ...]  # one, or many small ones
     layout: str
     instruction: tuple[str, ...]
     tokenizer: str
@@ -39,9 +50,60 @@ class Job:
     out: str
 
     def fingerprint(self) -> str:
-        stat = Path(self.file).stat()
+        stats = [Path(file).stat() for file in self.files]
         made_from = {k: v for k, v in vars(self).items() if k != "out"}
-        return files.hash_json([shards.FORMAT, made_from, stat.st_size, stat.st_mtime_ns])
+        return files.hash_json([shards.FORMAT, made_from, [(s.st_size, s.st_mtime_ns) for s in stats]])
+
+
+def groups(paths: list[Path]) -> Iterator[list[Path]]:
+    """The files of a source, in order, by PART_BYTES; a larger one stands alone."""
+    group: list[Path] = []
+    size = 0
+    for path in paths:
+        size += path.stat().st_size
+        if group and size > PART_BYTES:
+            yield group
+            group, size = [], path.stat().st_size
+        group.append(path)
+    yield group
+
+
+_worker: dict[str, Any] = {}  # the tokenizer of a worker process
+
+
+def _start_worker(name: str, chat_format: str, pad_token: str | None) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
+    if multiprocessing.parent_process():
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    tokenizer = tokenizers.load(resolve(name))
+    if pad_token:
+        tokenizers.add_pad(tokenizer, pad_token)
+    tokenizer.chat_template = prompt.template(chat_format, tokenizer)
+    _worker["tokenizer"] = tokenizer
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed must not go on: the next run writes the same files."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def _work(job: Job) -> dict[str, Any]:
+    return run(job, _worker["tokenizer"])
+
+
+def run_all(jobs: list[Job], workers: int, pad_token: str | None) -> list[dict[str, Any]]:
+    """Makes the parts, in processes where that pays; results in the jobs' order."""
+    start = partial(_start_worker, jobs[0].tokenizer, jobs[0].chat_format, pad_token)
+    workers = min(workers, len(jobs))
+    if workers == 1 or sum(Path(file).stat().st_size for job in jobs for file in job.files) < PROCESSES_PAY:
+        start()
+        return [_work(job) for job in jobs]
+    context = multiprocessing.get_context("spawn")  # a forked tokenizer with threads may hang
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start) as pool:
+        return list(pool.map(_work, jobs))
 
 
 def run(job: Job, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -58,47 +120,57 @@ def run(job: Job, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             return done
         state.unlink()  # before its files change: a state file always speaks of the files beside it
     part = _Part(job)
-    for batch in _batched(job, part):
-        part.add(batch, prompt.render(tokenizer, [example for _, examples in batch for example in examples]))
-    arrays = part.arrays()
-    for kind, array in arrays.items():
-        with files.atomic_file(folder / f"{job.name}.{kind}.bin") as tmp:
-            array.tofile(tmp)
+    with ExitStack() as stack:
+        part.out = {kind: stack.enter_context(_written(folder / f"{job.name}.{kind}.bin")) for kind in KINDS}
+        for batch in _batched(job, part):
+            part.add(batch, prompt.render(tokenizer, [example for _, _, examples in batch for example in examples]))
+    paths = {kind: folder / f"{job.name}.{kind}.bin" for kind in KINDS}
     done = {
         "fingerprint": fingerprint,
         "read": part.read,
         "dropped": dict(sorted(part.dropped.items())),
-        "notes": dict(sorted(part.notes.items())),
+        "notes": {note: n for note, n in sorted(part.notes.items()) if n},
         "bad": part.bad,
-        "sizes": {kind: array.nbytes for kind, array in arrays.items()},
-        "hashes": {kind: files.hash_file(folder / f"{job.name}.{kind}.bin") for kind in KINDS},
+        "sizes": {kind: path.stat().st_size for kind, path in paths.items()},
+        "hashes": {kind: files.hash_file(path) for kind, path in paths.items()},
     }
     files.write_json(state, done)
     return done
 
 
-Batch = list[tuple[int, list[Example]]]  # (line, examples of the record)
+@contextmanager
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    with files.atomic_file(path) as tmp, open(tmp, "wb") as f:
+        yield f
+
+
+Batch = list[tuple[int, int, list[Example]]]  # (number of the file, line, examples of the record)
 
 
 def _batched(job: Job, part: _Part) -> Iterator[Batch]:
     batch: Batch = []
-    for item in read.records(Path(job.file), as_text=job.layout == "text"):
-        part.read += 1
-        if isinstance(item, read.Bad):
-            part.drop(item.cause, item.line, item.detail)
-            continue
-        try:
-            batch.append((item.line, sources.examples_of(item.value, job.layout, job.instruction, job.seed)))
-        except sources.Drop as e:
-            part.drop(str(e), item.line, repr(item.value)[:80])
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
+    for number, file in enumerate(job.files):
+        for item in read.records(Path(file), as_text=job.layout == "text"):
+            part.read += 1
+            if isinstance(item, read.Bad):
+                part.drop(item.cause, f"{file}:{item.line}", item.detail)
+                continue
+            try:
+                examples = sources.examples_of(item.value, job.layout, job.instruction, job.seed)
+            except sources.Drop as e:
+                part.drop(str(e), f"{file}:{item.line}", reprlib.repr(item.value))
+                continue
+            batch.append((number, item.line, examples))
+            if len(batch) == BATCH:
+                yield batch
+                batch = []
     yield batch
 
 
 class _Part:
     """A part while it is made."""
+
+    out: dict[str, IO[bytes]]  # its files
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -107,29 +179,41 @@ class _Part:
         self.notes: Counter[str] = Counter()  # what was changed, not dropped
         self.bad: list[str] = []
         self._dtype = shards.token_dtype(job.vocab_size)
-        self._tokens: list[np.ndarray] = []
-        self._masks: list[np.ndarray] = []
-        self._documents: list[tuple[int, int, int, int, int]] = []
-        self._records: list[tuple[bytes, int]] = []
-        self._offset = 0
+        self._tokens = self._records = 0  # written so far
 
-    def drop(self, cause: str, line: int, detail: str) -> None:
+    def drop(self, cause: str, place: str, detail: str) -> None:
         self.dropped[cause] += 1
         if cause in sources.BAD and len(self.bad) < SHOWN:
-            self.bad.append(f"{self.job.file}:{line}: {cause}: {detail}")
+            self.bad.append(f"{place}: {cause}: {detail}")
 
     def add(self, batch: Batch, rendered: list[Rendered]) -> None:
-        position = 0
-        for line, examples in batch:
-            mine = rendered[position : position + len(examples)]
-            position += len(examples)
-            pieces = [piece for example, r in zip(examples, mine, strict=True) for piece in self._fit(example, r)]
-            if not pieces:
-                self.drop("too_long", line, "")  # a question that fills a row by itself
+        """Writes a batch's records."""
+        todo = iter(rendered)
+        pieces: list[Rendered] = []
+        documents: list[tuple[int, int, int, int, int]] = []
+        records: list[tuple[bytes, int, int]] = []
+        for file, line, examples in batch:
+            fitted = [self._fit(example, next(todo)) for example in examples]
+            mine = [piece for some in fitted for piece in some]
+            if not mine:
+                self.drop("too_long", f"{self.job.files[file]}:{line}", "")  # a question that fills a row by itself
                 continue
-            for number, piece in enumerate(pieces):
-                self._append(piece, len(self._records), number)
-            self._records.append((_key(examples), line))
+            self.notes["examples_too_long"] += sum(not some for some in fitted)  # others of the record fit
+            for number, piece in enumerate(mine):
+                length = len(piece.input_ids)
+                documents.append((self._tokens, length, sum(piece.loss_mask), self._records + len(records), number))
+                self._tokens += length
+            pieces += mine
+            records.append((_key(examples), file, line))
+        self._records += len(records)
+        arrays = {
+            "tokens": np.array([i for piece in pieces for i in piece.input_ids], self._dtype),
+            "mask": np.array([m for piece in pieces for m in piece.loss_mask], np.uint8),
+            "documents": np.array(documents, shards.DOCUMENT),
+            "records": np.array(records, shards.RECORD),
+        }
+        for kind, array in arrays.items():
+            self.out[kind].write(array.tobytes())
 
     def _fit(self, example: Example, rendered: Rendered) -> list[Rendered]:
         """Pieces of at most seq_len tokens: a text is cut up, a dialogue loses its end; both are noted."""
@@ -138,27 +222,14 @@ class _Part:
             pieces = [rendered]
         elif isinstance(example, Text):
             self.notes["texts_cut_up"] += 1
-            starts = range(0, len(ids), seq_len)
-            pieces = [Rendered(ids[s : s + seq_len], [False, *mask[s + 1 : s + seq_len]]) for s in starts]
+            edges = [*range(0, len(ids), seq_len), len(ids)]
+            if edges[-1] - edges[-2] == 1:
+                edges[-2] -= 1  # a piece of one token would train nothing
+            pieces = [Rendered(ids[a:b], [False, *mask[a + 1 : b]]) for a, b in zip(edges, edges[1:], strict=False)]
         else:
             pieces = [Rendered(ids[:seq_len], mask[:seq_len])]
             self.notes["dialogues_shortened"] += any(pieces[0].loss_mask)
         return [piece for piece in pieces if any(piece.loss_mask)]
-
-    def _append(self, piece: Rendered, record: int, number: int) -> None:
-        length = len(piece.input_ids)
-        self._tokens.append(np.array(piece.input_ids, self._dtype))
-        self._masks.append(np.array(piece.loss_mask, np.uint8))
-        self._documents.append((self._offset, length, sum(piece.loss_mask), record, number))
-        self._offset += length
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {
-            "tokens": np.concatenate([np.empty(0, self._dtype), *self._tokens]),
-            "mask": np.concatenate([np.empty(0, np.uint8), *self._masks]),
-            "documents": np.array(self._documents, shards.DOCUMENT),
-            "records": np.array(self._records, shards.RECORD),
-        }
 
 
 def _key(examples: list[Example]) -> bytes:

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pandallm import files, log, prompt, tokenizer
 from pandallm.config import UserError, read_text
+from pandallm.data.questions import WORDINGS, letter
 from pandallm.evaluate import report, score
 from pandallm.evaluate import tasks as task_files
-from pandallm.evaluate.tasks import TASKS, WORDINGS, Question, letter
+from pandallm.evaluate.tasks import TASKS, Question
 from pandallm.model import load as models
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

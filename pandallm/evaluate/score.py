@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pandallm import prompt
 from pandallm.config import UserError
+from pandallm.data.questions import letter
 from pandallm.evaluate import tasks
 from pandallm.evaluate.tasks import Question
 from pandallm.model import generate as generation
@@ -154,7 +155,7 @@ def choice(
     wanted: list[list[tuple[int, int]]] = []
     places: list[list[tuple[int, int, int]]] = []  # a question's options: input, first and last of its wanted tokens
     for question, asked in zip(questions, prompts, strict=True):
-        texts = [asked.text + lead + tasks.letter(i) for i in range(len(question.options))]
+        texts = [asked.text + lead + letter(i) for i in range(len(question.options))]
         shared, tails = _tails(asked.ids, _encode(tokenizer, chat_format, texts))
         places.append([])
         for tail in tails:
@@ -169,7 +170,7 @@ def choice(
     for options in places:
         sums = tuple(math.fsum(scores[run][first:last]) for run, first, last in options)
         pred = sums.index(max(sums))
-        answers.append(Answer(tasks.letter(pred), pred, sums))
+        answers.append(Answer(letter(pred), pred, sums))
     return answers
 
 

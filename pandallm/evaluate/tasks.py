@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pandallm.config import UserError, read_text
+from pandallm.data.questions import letter, text_of
 
 SPLITS = ("train", "dev", "test")
 
@@ -44,23 +45,9 @@ class Task:
     train_files: tuple[str, ...] = ()
 
 
-# Instruction, headings and the answer's lead are the original's (RECIPE section 5).
-WORDINGS: dict[str, str] = {
-    "original": (
-        "阅读下面的文章并从选项中选择的答案回答问题：\n\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
-        "Options:\n{options}\n\n本题的答案是："
-    )
-}
-
-
-def letter(index: int) -> str:
-    return chr(ord("A") + index)
-
-
 def prompt_for(question: Question, wording: str) -> str:
     """The text that asks a question, ending where the answer begins. `wording`: a key of WORDINGS."""
-    options = "\n".join(f"{letter(i)}: {option}" for i, option in enumerate(question.options))
-    return WORDINGS[wording].format(context=question.context, question=question.question, options=options)
+    return text_of(question.context, question.question, question.options, wording)
 
 
 def parse_letter(output: str, n_options: int) -> int | None:

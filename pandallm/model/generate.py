@@ -212,7 +212,7 @@ def stream(
         piece = detokenizer.push(token)
         if piece:
             yield piece
-    rest = detokenizer.flush()
+    rest = detokenizer.flush().rstrip(REPLACEMENT)  # a character that the limit cut in two isn't shown at all
     if rest:
         yield rest
 
