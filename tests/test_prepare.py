@@ -335,6 +335,19 @@ def test_a_changed_corpus_file_is_read_again(
     assert "后⟦来的文字" in shown
 
 
+def test_another_eos_is_another_tokenizer(run: Prepare, tmp_path: Path) -> None:
+    """Which of its tokens ends a text is said beside the tokenizer proper."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(resolve("tiny"), folder)
+    settings = folder / "tokenizer_config.json"
+    for eos in ("<|endoftext|>", "<|im_end|>"):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": eos}))
+        run(DEMO[:1], tokenizer=str(folder))
+        data = check(tmp_path / "shards")
+        last = max(documents(data))
+        assert data.document(last)[0][-1] == tokenizer.load(folder).convert_tokens_to_ids(eos)
+
+
 @pytest.mark.parametrize(
     ("name", "how"),
     [("parts/home-00000.mask.bin", "gone"), ("parts/home-00000.tokens.bin", "cut"), ("rows.sizes.bin", "cut")]

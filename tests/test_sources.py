@@ -91,6 +91,11 @@ SHAREGPT = {
 }
 MESSAGES = {"messages": [{"role": "user", "content": " 问 "}, {"role": "assistant", "content": "答\n"}]}
 
+QUESTION = (  # as evaluation asks it
+    "阅读下面的文章并从选项中选择的答案回答问题：\n\nContext:\n{text}\n\nQuestion:\n{question}\n\n"
+    "Options:\n{options}\n\n本题的答案是："
+)
+
 # layout -> (a record, its examples)
 LAYOUTS: dict[str, tuple[Any, list[Any]]] = {
     "wiki": (WIKI, [Text("热干面\n\n一种面食。\n发源于武汉。")]),
@@ -125,6 +130,18 @@ LAYOUTS: dict[str, tuple[Any, list[Any]]] = {
             "round_1": {"prompt": "甲", "response": "一"},
         },
         talk("甲", "一", "乙", "二", "丙", "三"),
+    ),
+    "c3": (
+        [
+            ["男：走吧。", "女：好。"],
+            [{"question": "女的去吗？", "choice": ["去", "不去"], "answer": "不去"}] * 2,
+            "id",
+        ],
+        talk(QUESTION.format(text="男：走吧。\n女：好。", options="A: 去\nB: 不去", question="女的去吗？"), "B") * 2,
+    ),
+    "logiqa": (
+        {"example_id": 1, "text": "文。", "question": "问？", "options": ["甲", "乙", "丙", "丁"], "answer": 3},
+        talk(QUESTION.format(text="文。", options="A: 甲\nB: 乙\nC: 丙\nD: 丁", question="问？"), "D"),
     ),
     "text": ("一篇文章。\r\n第二行。\n", [Text("一篇文章。\n第二行。")]),
 }
@@ -344,3 +361,26 @@ def _check_masks(examples: list[Any]) -> None:
             continue
         spans = [tok.decode([i for _, i in group]) for trained, group in groupby(pairs, lambda p: p[0]) if trained]
         assert spans == [text + "<|im_end|>" for role, text in example.messages if role == "assistant"]
+
+
+def test_questions_are_asked_as_in_evaluation() -> None:
+    """A model trained on a question file reads, letter for letter, what `panda eval` asks of the same file."""
+    from pandallm import demo
+    from pandallm.evaluate import tasks
+
+    for task, path in (("c3-m", "c3/c3-m-train.json"), ("logiqa-v2", "logiqa_v2/train_zh.txt")):
+        trained = [
+            example.messages
+            for record in read.records(demo.ROOT / "eval" / path)
+            for example in sources.examples_of(record.value, "auto", [], 0)
+        ]
+        asked = tasks.load(task, demo.ROOT / "eval", "train")
+        wanted = [(("user", tasks.prompt_for(q, "original")), ("assistant", "ABCD"[q.gold])) for q in asked]
+        assert trained == wanted
+
+
+@pytest.mark.parametrize("change", [{"answer": 4}, {"answer": "x"}, {"options": ["a"]}, {"options": [1, 2, 3, 4]}])
+def test_a_broken_question_is_dropped(change: dict[str, Any]) -> None:
+    record = {"text": "文", "question": "问", "options": ["甲", "乙", "丙", "丁"], "answer": 0, **change}
+    with pytest.raises(sources.Drop, match="bad_record"):
+        auto(record)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
+from transformers import PreTrainedTokenizerBase
 
 from pandallm import config, files, log, prompt
 from pandallm import tokenizer as tokenizers
@@ -107,7 +108,7 @@ def run(path: str, overrides: list[str]) -> dict[str, Any]:
     if conf.pad_token:
         tokenizers.add_pad(tokenizer, conf.pad_token)
     prompt.set_format(tokenizer, conf.chat_format)
-    jobs = _jobs(conf, corpus, tokenizers.fingerprint(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    jobs = _jobs(conf, corpus, tokenizer)
     fingerprint = files.hash_json([conf.model_dump(exclude={"workers"}), [job.fingerprint() for job in jobs]])
     if manifest := _finished(out, fingerprint):
         log.say(f"{out}: prepared already: {manifest['rows']} rows, {manifest['trained_tokens']} trained tokens")
@@ -141,8 +142,10 @@ def _finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _jobs(
-    conf: PrepareConfig, corpus: list[tuple[Source, list[Path]]], tokenizer_hash: str, vocab_size: int
+    conf: PrepareConfig, corpus: list[tuple[Source, list[Path]]], tokenizer: PreTrainedTokenizerBase
 ) -> list[tokenize.Job]:
+    tokenizer_hash = tokenizers.fingerprint(tokenizer)
+    vocab_size = 1 + max(tokenizer.get_vocab().values())  # numbers may be left out: more than there are tokens
     jobs = []
     for source, paths in corpus:
         phrasings = (source.instruction,) if isinstance(source.instruction, str) else tuple(source.instruction)
@@ -155,6 +158,7 @@ def _jobs(
                 instruction=phrasings,
                 tokenizer=conf.tokenizer,
                 tokenizer_hash=tokenizer_hash,
+                eos=str(tokenizer.eos_token),
                 chat_format=conf.chat_format,
                 vocab_size=vocab_size,
                 seq_len=conf.seq_len,

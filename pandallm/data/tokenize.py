@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import reprlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,13 +20,14 @@ import numpy as np
 from blake3 import blake3
 from transformers import PreTrainedTokenizerBase
 
-from pandallm import files, prompt
+from pandallm import files, log, prompt
 from pandallm import tokenizer as tokenizers
 from pandallm.data import read, shards, sources
 from pandallm.model.load import resolve
 from pandallm.prompt import Dialogue, Example, Rendered, Text
 
 BATCH = 256  # records rendered at once
+SAY_EVERY = 10.0  # seconds between two lines of progress
 SHOWN = 5  # bad records shown of each file
 PART_BYTES = 64 << 20  # small files make a part together until it is this large: thousands of parts can't all be open
 PROCESSES_PAY = 4_000_000  # bytes of corpora below which starting processes takes longer than the work
@@ -43,6 +45,7 @@ class Job:
     instruction: tuple[str, ...]
     tokenizer: str
     tokenizer_hash: str
+    eos: str  # chosen in the tokenizer's settings, which its hash doesn't cover
     chat_format: str
     vocab_size: int
     seq_len: int
@@ -100,10 +103,22 @@ def run_all(jobs: list[Job], workers: int, pad_token: str | None) -> list[dict[s
     workers = min(workers, len(jobs))
     if workers == 1 or sum(Path(file).stat().st_size for job in jobs for file in job.files) < PROCESSES_PAY:
         start()
-        return [_work(job) for job in jobs]
+        return _gather(map(_work, jobs), jobs)
     context = multiprocessing.get_context("spawn")  # a forked tokenizer with threads may hang
     with ProcessPoolExecutor(workers, mp_context=context, initializer=start) as pool:
-        return list(pool.map(_work, jobs))
+        return _gather(pool.map(_work, jobs), jobs)
+
+
+def _gather(results: Iterator[dict[str, Any]], jobs: list[Job]) -> list[dict[str, Any]]:
+    """The results in order, with a line now and then for who waits."""
+    done: list[dict[str, Any]] = []
+    last = time.monotonic()
+    for result in results:
+        done.append(result)
+        if time.monotonic() - last >= SAY_EVERY:
+            last = time.monotonic()
+            log.say(f"{jobs[0].out}: {len(done)} of {len(jobs)} parts, {sum(d['read'] for d in done)} records")
+    return done
 
 
 def run(job: Job, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
