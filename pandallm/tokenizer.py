@@ -37,5 +37,6 @@ def add_pad(tokenizer: PreTrainedTokenizerBase, pad_token: str) -> int:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what decides the ids: the serialised tokenizer and its chat template."""
-    return files.hash_json([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
+    """Hash of what decides the ids: the serialised tokenizer, which tokens are special, and the chat template."""
+    marks = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return files.hash_json([tokenizer.backend_tokenizer.to_str(), marks, tokenizer.chat_template])

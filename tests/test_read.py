@@ -283,6 +283,8 @@ def test_wrong_types_everywhere() -> None:
         {"chat": {"turn_1": {"Human": "问", "MOSS": "答"}}},
         {"round_1": {"prompt": "问", "response": "答"}},
         {"textbox_question": "问", "textbox_answer": "答", "textbox_q_context": None},
+        [["段落"], [{"question": "问", "choice": ["甲", "乙"], "answer": "乙"}], "id"],
+        {"text": "文", "question": "问", "options": ["甲", "乙"], "answer": 1},
     ]
     strange: list[Any] = [
         None,

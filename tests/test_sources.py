@@ -220,6 +220,7 @@ def test_an_empty_system_text_is_none() -> None:
         ({"messages": [*MESSAGES["messages"], {"role": "tool", "content": "3"}]}, "unknown_role"),
         ({"messages": [{"role": "user", "content": ""}, *MESSAGES["messages"][1:]]}, "empty_question"),
         ({"conversations": [{"from": "observation", "value": "3"}]}, "unknown_role"),
+        ([["段落"], [], "id"], "empty_question"),
     ],
 )
 def test_expected_drops(record: Any, cause: str) -> None:
@@ -258,6 +259,13 @@ def test_expected_drops(record: Any, cause: str) -> None:
         ({"messages": {"role": "user"}}, "bad_record"),
         ({"messages": None}, "bad_record"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "问"}]}]}, "bad_record"),
+        ([["段落"], [{"question": "问", "choice": "甲乙", "answer": "乙"}], "id"], "bad_record"),
+        ([["段落"], [{"question": "问", "choice": ["甲", "乙"], "answer": "丙"}], "id"], "bad_record"),
+        ([["段落"], [{"question": "问", "choice": ["甲"], "answer": "甲"}], "id"], "bad_record"),
+        ([[3], [{"question": "问", "choice": ["甲", "乙"], "answer": "甲"}], "id"], "bad_record"),
+        ({"text": "文", "question": "问", "options": ["甲", "乙"], "answer": 2}, "bad_record"),
+        ({"text": "文", "question": "问", "options": ["甲", "乙"], "answer": None}, "bad_record"),
+        ({"text": "文", "question": "问", "options": ["甲", 3], "answer": 0}, "bad_record"),
         ({"question": "问", "answer": "答"}, "unknown_layout"),
         ({}, "unknown_layout"),
         ([], "unknown_layout"),

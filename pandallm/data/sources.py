@@ -227,13 +227,17 @@ def _moss(r: Json, _: str) -> list[Example]:
 
 def _choose(context: str, question: str, options: Sequence[str], gold: int) -> list[Example]:
     """A multiple-choice question, asked as `panda eval` asks it; the answer is the letter."""
-    if not 2 <= len(options) <= 26 or not 0 <= gold < len(options) or not all(isinstance(o, str) for o in options):
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise Drop("bad_record")
+    if not 2 <= len(options) <= 26 or not 0 <= gold < len(options):
         raise Drop("bad_record")
     return _ask(questions.text_of(context, question, options), questions.letter(gold))
 
 
 def _c3(r: Sequence[Any], _: str) -> list[Example]:
     paragraphs, asked, _id = r
+    if not asked:
+        raise Drop("empty_question")
     context = "\n".join(map(_clean, paragraphs))
     return [
         example
