@@ -21,8 +21,8 @@ evaluate() { # evaluate MODEL OUT
     --text $HELDOUT/wiki_zh.jsonl --text $HELDOUT/wiki_zh_hant.jsonl --text $HELDOUT/news_zh.jsonl --out "$2"
 }
 verify() { panda delta verify --base $BASE --delta $RUNS/delta --tuned $RUNS/model --json > $RUNS/delta_verify.json; }
-chat() { # chat MODEL OUT: a few questions, greedily
-  [ -f "$2" ] || { panda chat "$1" --temperature 0 --max-new-tokens 80 < conf/demo/questions.txt > "$2.partial" && mv "$2.partial" "$2"; }
+chat() { # chat MODEL OUT: a few questions
+  [ -f "$2" ] || { panda chat "$1" --temperature 0 --repetition-penalty 1.2 --max-new-tokens 80 < conf/demo/questions.txt > "$2.partial" && mv "$2.partial" "$2"; }
 }
 
 # 1. Corpora become packed token shards.
