@@ -169,9 +169,11 @@ def evaluate(
 @eval_app.command(epilog="Example: panda eval compare runs/eval/base runs/eval/tuned")
 def compare(run_a: Path, run_b: Path, as_json: AsJson = False) -> None:
     """Paired difference of two evaluations, with its interval."""
+    from pandallm.evaluate import report
     from pandallm.evaluate import run as module
 
-    _print(module.compare(run_a, run_b), as_json)
+    result = module.compare(run_a, run_b)
+    _print(result, as_json, report.comparison_table(result))
 
 
 @app.command(epilog="Example: panda chat runs/demo/sft/model --temperature 0.7")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +69,15 @@ def test_no_such_command_and_option() -> None:
     assert panda("trian").returncode == 2
     assert panda("train").returncode == 2
     assert panda("chat", "tiny", "--nope").returncode == 2
+
+
+def test_eval_and_compare(tmp_path: Path) -> None:
+    """The figures are printed, and a model compared with itself differs in nothing."""
+    from pandallm import demo
+
+    args = ["--model", "tiny", "--chat-format", "chatml", "--task", "c3-d", "--data", str(demo.ROOT / "eval")]
+    args += ["--split", "dev", "--limit", "3", "--protocol", "choice", "--out", str(tmp_path / "a")]
+    done = panda("eval", *args)
+    assert done.returncode == 0 and "c3-d" in done.stderr, done.stderr
+    compared = panda("eval", "compare", str(tmp_path / "a"), str(tmp_path / "a"))
+    assert compared.returncode == 0 and "McNemar" in compared.stdout and "+0.00" in compared.stdout
