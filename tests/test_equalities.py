@@ -262,3 +262,11 @@ def test_an_epoch_sees_each_row_once(demo_shards: Path) -> None:
     rows = [row for step in range(1, loader.steps(2) + 1) for row in loader.rows_of(step, 2 * size)]
     assert sorted(rows[:size]) == list(range(size)) and sorted(rows[size:]) == list(range(size))
     assert rows[:size] != rows[size:]  # another order
+
+
+@pytest.mark.parametrize(("how", "flags"), [("none", [0, 0]), ("full", [1, 1]), ("every-2", [1, 0])])
+def test_activation_checkpointing_is_on(how: str, flags: list[int]) -> None:
+    """Its result equals that without it, so that it works at all has to be asked apart."""
+    model = load.load(load.resolve("tiny"), torch.float32)
+    train._checkpoint_activations(model, how)
+    assert [int(layer.gradient_checkpointing) for layer in model.model.layers] == flags
