@@ -57,7 +57,8 @@ def run(
     documents = {path.name: read_documents(path) for path in texts}
     folder = models.resolve(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = _auto_precision(device) if precision == "auto" else precision
+    if precision == "auto":
+        precision = "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
     hashes = {task: files.hash_file(task_files.find(task, data, split)) for task in tasks if data}
     hashes |= {path.name: files.hash_file(path) for path in texts}
     arguments = {
@@ -171,13 +172,6 @@ def _document(line: str, where: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: an object with a text under 'text' or 'content' is wanted")
     return text
-
-
-def _auto_precision(device: str) -> str:
-    """bf16 where the device computes in it; elsewhere it would be emulated, slower than fp32."""
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return next(name for name, dtype in PRECISIONS.items() if dtype == models.cpu_dtype())
 
 
 def _hash_model(folder: Path) -> str:

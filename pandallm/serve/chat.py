@@ -78,8 +78,9 @@ def open_talk(name: str, chat_format: str | None, system: str | None, sampling: 
         prompt.set_format(tokenizer, chat_format)
     elif not tokenizer.chat_template:
         raise UserError(f"{name}: the model has no chat template; name its format with --chat-format")
-    cuda = torch.cuda.is_available()
-    model = load.load(folder, torch.bfloat16 if cuda else load.cpu_dtype()).eval().to("cuda" if cuda else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load.load(folder, load.inference_dtype(device)).eval()
+    model.to(torch.device(device))
     return Talk(model, tokenizer, sampling, system)
 
 
