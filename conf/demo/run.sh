@@ -22,7 +22,7 @@ evaluate() { # evaluate MODEL OUT
 }
 verify() { panda delta verify --base $BASE --delta $RUNS/delta --tuned $RUNS/model --json > $RUNS/delta_verify.json; }
 chat() { # chat MODEL OUT: a few questions
-  [ -f "$2" ] || { panda chat "$1" --temperature 0 --repetition-penalty 1.2 --max-new-tokens 80 < conf/demo/questions.txt > "$2.partial" && mv "$2.partial" "$2"; }
+  [ -f "$2" ] || { panda chat "$1" --temperature 0 --repetition-penalty 1.05 --max-new-tokens 80 < conf/demo/questions.txt > "$2.partial" && mv "$2.partial" "$2"; }
 }
 
 # 1. Corpora become packed token shards.

@@ -67,7 +67,7 @@ def _sections(runs: Path, results: dict[str, Any], bits: dict[str, dict[str, flo
             f" {delta['tensors']} tensors. The figures after training are those of the applied delta.",
         ]),
         ("Sample answers 回答示例", [
-            "Decoded greedily with a repetition penalty of 1.2, at most 80 tokens: a taste, not a measure.",
+            "Decoded greedily with a repetition penalty of 1.05, at most 80 tokens: a taste, not a measure.",
             _talk_table(runs),
         ]),
         ("Data 数据", [_data_table(runs)]),
