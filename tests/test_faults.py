@@ -87,6 +87,15 @@ def test_unsupported_architecture(demo_shards: Path, tmp_path: Path, write_yaml:
         train.run(config(write_yaml, demo_shards, tmp_path / "run", model=str(folder)), [])
 
 
+def test_rows_longer_than_the_window(demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(load.resolve("tiny"), folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 128}))
+    with pytest.raises(UserError, match="rows of 256 tokens and the model reads 128"):
+        train.run(config(write_yaml, demo_shards, tmp_path / "run", model=str(folder)), [])
+
+
 def test_ranks_without_deepspeed(
     demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml, monkeypatch: pytest.MonkeyPatch
 ) -> None:

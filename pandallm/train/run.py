@@ -122,6 +122,11 @@ def _model(
     if not resumed and conf.init:
         model = load.from_scratch(conf.init.config, len(tokenizer), conf.seed, attention.PACKED)
         torch.nn.Module.to(model, dtype)
+    window = int(model.config.max_position_embeddings)
+    if shards.seq_len > window:
+        raise UserError(
+            f"data: {conf.data} has rows of {shards.seq_len} tokens and the model reads {window}; prepare shorter"
+        )
     if added := load.fit_vocabulary(model, tokenizer):
         log.say(f"vocabulary grown by {added} to {len(tokenizer)}")
     if tokenizer.pad_token_id is not None:
