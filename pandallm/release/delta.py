@@ -1,13 +1,11 @@
 """Delta weights: what a tuned model adds to its base, lossless and small; base + delta = tuned, bit for bit.
 
 A delta folder holds `manifest.json`, `delta-00001.bin`, … (a zstd frame a tensor) and the tuned model's files that are
-not weights. Hashes are of tensors (dtype, shape, bytes): it doesn't matter how a model is cut into shards. One tensor
-is in memory at a time, as a few copies; a file is mapped only while a tensor of it is read.
+not weights. Hashes are of tensors (dtype, shape, bytes), whatever the shards. One tensor is in memory at a time.
 
-The codec. Bits of a float, the negative ones flipped, order as the floats do (M. Herf, "Radix Tricks", 2001): near
-floats are near integers. tuned - base modulo 2^n is then exact for every pattern (NaN, -0.0), and small. Zigzag makes
-small negative differences small too: without it their high bytes are 0xff among 0x00. Byte planes keep the high bytes,
-nearly all zero, apart from the low ones.
+The codec. Bits of a float, the negative ones flipped, order as the floats do (M. Herf, "Radix Tricks", 2001), so
+tuned - base modulo 2^n is exact for every pattern (NaN, -0.0), and small. Zigzag makes small negative differences
+small too; byte planes keep the high bytes, nearly all zero, apart from the low ones.
 """
 
 from __future__ import annotations
@@ -333,8 +331,10 @@ def _carried(folder: Path) -> dict[str, str]:
 
 def _watch(items: Sequence[T], done: str) -> Iterator[T]:
     """The items, with a line now and then for who waits."""
+    last = time.monotonic()
     for i, item in enumerate(items):
-        if i and i % 100 == 0:
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
             log.say(f"{done}: {i} of {len(items)} tensors")
         yield item
 
