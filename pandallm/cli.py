@@ -139,7 +139,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for results.json and predictions.jsonl.")] = Path(),
     chat_format: Annotated[str | None, typer.Option(help="none, model (its own), or a format's name.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Bits per character of this file; may be repeated.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch: speed. In bf16 near-ties may move with it.")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch; near-ties in bf16 may move with it.")] = 4096,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
