@@ -91,6 +91,12 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def stamp(path: Path) -> tuple[int, int]:
+    """Tells a changed file as make does: by size and time."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
 def hash_bytes(data: bytes | memoryview) -> str:
     return blake3(data, max_threads=blake3.AUTO).hexdigest()
 

@@ -22,7 +22,7 @@ LAYERS = [
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 COMPOSE = {  # the files that may look sideways or up, and at what
-    "model/load.py": {"demo"},  # the tiny model's tokenizer is trained on the demo's texts
+    "model/names.py": {"demo"},  # the tiny model's tokenizer is trained on the demo's texts
     "demo/report.py": {"evaluate"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

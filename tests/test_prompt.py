@@ -343,3 +343,17 @@ def test_no_template() -> None:
     for use in (lambda: prompt.render(tok, [talk("问", "答")]), lambda: prompt.render_prompt(tok, [])):
         with pytest.raises(UserError, match="no chat template"):
             use()
+
+
+def test_what_is_trained_is_found_by_special_tokens_where_they_enclose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick way and the way by characters agree; where marks don't enclose an answer, only the latter is taken."""
+    for name, chat_format in PAIRS:
+        tok = make(name, chat_format)
+        quick = prompt.render(tok, TALKS)
+        with monkeypatch.context() as patch:
+            patch.setattr(prompt._Skeleton, "by_marks", lambda self, ids: None)
+            assert prompt.render(tok, TALKS) == quick
+        roles = ("user", "assistant")
+        marks = tuple(sorted((k, str(v)) for k, v in tok.special_tokens_map.items()))
+        skeleton = prompt._skeleton(tok, tok.chat_template, marks, roles)
+        assert (skeleton.enclosed is not None) == (chat_format in ("chatml", "llama3")), (name, chat_format)
