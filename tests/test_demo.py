@@ -48,7 +48,7 @@ def test_instructions() -> None:
     assert sum(isinstance(r, list) and len(r) > 1 for r in found) >= 40
     assert sum(bool(re.search(r"[A-Za-z]{3}", all_text(r)) and chinese(all_text(r))) for r in found) >= 40
     for record in found:
-        sources.examples_of(record, "auto", [], 0)  # raises where one is empty or out of order
+        sources.examples_of(record, sources.Reading())  # raises where one is empty or out of order
 
 
 @pytest.mark.parametrize("name", ["c3-d-train", "c3-d-dev", "c3-m-train", "c3-m-dev"])

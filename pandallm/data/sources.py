@@ -1,275 +1,200 @@
-"""Records of every corpus of the recipe, and the common instruction layouts -> Text | Dialogue (RECIPE section 2)."""
+"""How the records of a source are read: parsed record -> examples (Text | Dialogue), or the cause of its drop."""
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
-from pandallm.data import questions
+from pandallm.data.layouts import HAN, INSTRUCTIONS, LAYOUTS, PAIRS
+from pandallm.data.questions import WORDINGS
+from pandallm.data.talks import Drop, Reader, clean, turn_mark
 from pandallm.prompt import Dialogue, Example, Text
 
-Json = Mapping[str, Any]
-
-
-class Drop(Exception):
-    """A record that is not used; the message is the cause it is counted under."""
-
+__all__ = ["BAD", "LAYOUTS", "Drop", "Reading", "examples_of", "fixed_phrases", "group_of", "recognise"]
 
 # Causes that mean "this is not what the corpus says it is": they count towards `max_bad`. The others are expected.
-BAD = ("bad_json", "bad_encoding", "bad_gzip", "bad_record", "unknown_layout")
-
-# The fixed instruction of each corpus that carries none. A config's `instruction` replaces it.
-INSTRUCTIONS = {
-    "baike": "请回答下面的百科问题。",
-    "webtext": "请回答下面网友提出的问题。",
-    "translation": "请把下面的内容翻译成{language}。",
-}
+BAD = (
+    *("bad_json", "bad_encoding", "bad_archive", "broken_array", "too_large"),  # read.py's
+    *("bad_record", "unknown_layout"),
+)
 
 
-def examples_of(record: Any, layout: str, instruction: Sequence[str], seed: int) -> list[Example]:
-    """The examples of one record. `layout`: a name of LAYOUTS, or `auto`. Raises Drop with the cause."""
-    name = recognise(record) if layout == "auto" else layout
+@dataclass(frozen=True)
+class Reading:
+    """How the records of a source are read."""
+
+    layout: str = "auto"  # a name of LAYOUTS
+    instruction: tuple[str, ...] = ()  # replaces the layout's fixed one; of several, one is drawn a record
+    seed: int = 0
+    min_score: float | None = None  # records with a lower quality score are dropped
+    values: tuple[tuple[str, str], ...] = ()  # ("name", "小熊") replaces {{name}}
+    by: str | None = None  # the key whose value groups records for sampling
+
+
+@cache
+def fixed_phrases(reading: Reading) -> tuple[str, ...]:
+    """What a layout or a config puts into every record: no sign that two records are alike. The longest first."""
+    wordings = [part.strip() for wording in WORDINGS.values() for part in re.split(r"\{\w+\}", wording)]
+    languages = [INSTRUCTIONS["translation"].replace("{language}", language) for language in ("中文", "英文")]
+    phrases = {*wordings, *languages, *INSTRUCTIONS.values(), *reading.instruction} - {""}
+    return tuple(sorted(phrases, key=lambda phrase: (-len(phrase), phrase)))
+
+
+def examples_of(record: Any, reading: Reading) -> list[Example]:
+    """The examples of one record, at least one. Raises Drop with the cause, and nothing else whatever the record."""
+    name = recognise(record) if reading.layout == "auto" else reading.layout
     if name is None:
         raise Drop("unknown_layout")
     read = LAYOUTS[name][1]
-    phrasings = list(instruction) or [INSTRUCTIONS.get(name, "")]
+    phrasings = reading.instruction or (INSTRUCTIONS.get(name, ""),)
     try:
-        if len(phrasings) == 1:
-            return read(record, phrasings[0])
-        # Drawn by the content, not by ids: duplicates stay duplicates. The same whatever the order of work.
-        return read(record, phrasings[zlib.crc32(f"{seed} {read(record, '')}".encode()) % len(phrasings)])
-    except (LookupError, TypeError, ValueError, AttributeError):
+        if reading.min_score is not None:
+            _check_score(record, reading.min_score)
+        if isinstance(record, dict) and isinstance(record.get("instruction"), list):
+            record = _with_one_phrasing(record, read, reading.seed)
+        instruction = phrasings[0]
+        if len(phrasings) > 1:
+            instruction = phrasings[_draw(read(record, ""), reading.seed, len(phrasings))]
+        examples = read(record, instruction)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise Drop("bad_record") from None
+    if reading.values:
+        examples = [_filled(example, reading.values) for example in examples]
+    if any(_has_placeholder(example) for example in examples):
+        raise Drop("placeholder")
+    return examples
+
+
+def group_of(record: Any, reading: Reading) -> str:
+    """What a record is sampled by: the value of its key `by`, a text or number. Drop("bad_record") if it has none."""
+    value = record.get(reading.by) if isinstance(record, dict) else None
+    if isinstance(value, int | float):
+        value = str(value) if abs(value) < 1 << 64 else ""  # Python refuses to write out what has thousands of digits
+    if not isinstance(value, str) or not value.strip():
+        raise Drop("bad_record")
+    return value.strip()
+
+
+def _draw(examples: list[Example], seed: int, count: int) -> int:
+    """One of `count` phrasings for a record: by what it says, not by its ids, so that duplicates stay duplicates, and
+    the same whatever the order of work."""
+    return zlib.crc32(f"{seed} {examples}".encode()) % count
+
+
+def _with_one_phrasing(record: dict[str, Any], read: Reader, seed: int) -> dict[str, Any]:
+    """A record that brings several phrasings of its own instruction, with one of them."""
+    phrasings = record["instruction"]
+    if not all(isinstance(phrasing, str) and phrasing.strip() for phrasing in phrasings):
+        raise Drop("bad_record")
+    said = read(record | {"instruction": phrasings[0]}, "")
+    return record | {"instruction": phrasings[_draw(said, seed, len(phrasings))]}
+
+
+# Recognition
 
 
 def recognise(record: Any) -> str | None:
-    """The layout of a record by the keys it has, or None."""
-    if isinstance(record, str):
-        return "text"
-    if isinstance(record, list):
-        if len(record) == 3 and isinstance(record[0], list) and isinstance(record[1], list):
-            return "c3"
-        if not record or not isinstance(record[0], dict):
-            return None
-        return "unified" if "inputs" in record[0] else "alpaca_turns" if "instruction" in record[0] else None
+    """The layout of a record: by the keys it has, or by what kind of items a list holds. None: none of LAYOUTS."""
     if isinstance(record, dict):
-        for name, (keys, _) in LAYOUTS.items():
-            if keys and keys <= record.keys():
-                return name
-        if "round_1" in record:
-            return "rounds"
+        # Only few keys are remembered: each of a million talks of many rounds may have its own.
+        name = _by_keys(tuple(record)) if len(record) <= 32 else _by_keys.__wrapped__(tuple(record))
+        return "marked" if name == "json_text" and _is_talk(record["text"]) else name
+    if isinstance(record, str):
+        return "marked" if _is_talk(record) else "text"
+    if not isinstance(record, list) or not record:
+        return None
+    if len(record) == 3 and isinstance(record[0], list) and isinstance(record[1], list):
+        return "c3"
+    if isinstance(record[0], dict):
+        return "unified" if "inputs" in record[0] else "alpaca_turns" if "instruction" in record[0] else None
+    return _by_cells(record) if all(isinstance(cell, str) for cell in record) else None
+
+
+# A text that is asked about is no raw text, and a question without its options can't be answered.
+_ASKS = frozenset({"question", "prompt", "query", "instruction", "input", "inputs", "options", "choices"})
+_CHOICES = frozenset({"options", "choices", "A", "label"})
+
+
+@lru_cache(maxsize=1024)
+def _by_keys(keys: tuple[str, ...]) -> str | None:
+    """The layout of records with these keys; a corpus has few sets of them."""
+    has = frozenset(keys)
+    for name, (wanted, _) in LAYOUTS.items():
+        if wanted and wanted <= has:
+            if name in ("article", "json_text", "content") and has & _ASKS:
+                return None
+            return None if (name in PAIRS or name == "squad_flat") and has & _CHOICES else name
+    return "rounds" if "round_1" in has else None
+
+
+def _by_cells(cells: list[str]) -> str | None:
+    """Rows of a table without a header: a sentence and its translation, perhaps with its licence, or a question with
+    its answer and the reasons for it."""
+    if len(cells) == 2 or (len(cells) == 3 and cells[2].lstrip().startswith("CC")):
+        return "pairs"
+    if len(cells) != 3 or not re.search(r"[^\W\d]", cells[2]):  # no reasons: a score
+        return None
+    translated = HAN.search(cells[1]) and not HAN.search(cells[0])
+    return None if translated else "cot"
+
+
+def _is_talk(text: Any) -> bool:
+    return isinstance(text, str) and turn_mark(clean(text[:200])) is not None
+
+
+# Scores and placeholders
+
+
+def _check_score(record: Any, least: float) -> None:
+    """Raises Drop for a record below the score, and for one without: nothing says that it is as good as was asked."""
+    score = _score(record) if isinstance(record, dict) else None
+    if score is None:
+        raise Drop("no_score")
+    if score < least:
+        raise Drop("low_score")
+
+
+def _score(record: dict[str, Any]) -> float | None:
+    """The first number among metadata.score, score and star."""
+    metadata = record.get("metadata")
+    inner = metadata.get("score") if isinstance(metadata, dict) else None
+    for value in (inner, record.get("score"), record.get("star")):
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                score = float(value)
+            except (ValueError, OverflowError):
+                continue
+            if math.isfinite(score):
+                return score
     return None
 
 
-def _clean(value: Any) -> str:
-    """A string with LF line ends and no white space around it; null is an empty one."""
-    if not isinstance(value, str | None):
-        raise Drop("bad_record")
-    return (value or "").replace("\r\n", "\n").replace("\r", "\n").strip()
+# Who is to be named in an answer: {{name}}, in prose. Behind a command, ^, _, $ or a brace such braces are LaTeX's
+# or a shell's, in code a template's; with blanks, dots or bars inside they are Jinja's, Vue's or a wiki's.
+_PLACEHOLDER = re.compile(r"(?<![\\^_{}$A-Za-z0-9])\{\{[^\W\d_]\w+\}\}")
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 
 
-def _string(record: Json, key: str) -> str:
-    return _clean(record[key])
+def _has_placeholder(example: Example) -> bool:
+    """Whether a talk leaves a name open. Raw texts keep what they have: braces in an article are its own subject."""
+    return isinstance(example, Dialogue) and any(
+        "{{" in text and _PLACEHOLDER.search(_CODE.sub("", text)) for _, text in example.messages
+    )
 
 
-def _optional(record: Json, key: str) -> str:
-    return _clean(record.get(key))
+def _filled(example: Example, values: tuple[tuple[str, str], ...]) -> Example:
+    if isinstance(example, Text):
+        return Text(_fill(example.text, values))
+    if not any("{{" in text for _, text in example.messages):
+        return example
+    return Dialogue(tuple((role, _fill(text, values)) for role, text in example.messages))
 
 
-def _text(text: str) -> list[Example]:
-    if not text:
-        raise Drop("empty_text")
-    return [Text(text)]
-
-
-def _ask(question: str, answer: str) -> list[Example]:
-    return _talk([("user", question), ("assistant", answer)])
-
-
-def _talk(turns: list[tuple[str, str]]) -> list[Example]:
-    """A dialogue, after checks: user and assistant in turn, ending in an answer that isn't empty."""
-    if turns and turns[0] == ("system", ""):
-        turns = turns[1:]
-    body = turns[1:] if turns and turns[0][0] == "system" else turns
-    while body and body[-1][0] == "user":  # a question nobody answered
-        body = body[:-1]
-        turns = turns[:-1]
-    if not body:
-        raise Drop("no_answer")
-    if [role for role, _ in body] != ["user", "assistant"] * (len(body) // 2):
-        raise Drop("roles_out_of_order")
-    if any(not text for role, text in body if role == "assistant"):
-        raise Drop("empty_answer")
-    if any(not text for role, text in body if role == "user"):
-        raise Drop("empty_question")
-    return [Dialogue(tuple(turns))]
-
-
-def _join(*parts: str) -> str:
-    return "\n".join(part for part in parts if part)
-
-
-def _plain(record: str, _: str) -> list[Example]:
-    return _text(_clean(record))
-
-
-def _wiki(r: Json, _: str) -> list[Example]:
-    return _text(_string(r, "text"))
-
-
-def _title_and(content: str) -> Callable[[Json, str], list[Example]]:
-    def read(r: Json, _: str) -> list[Example]:
-        title, body = _optional(r, "title"), _string(r, content)
-        if not body:
-            raise Drop("empty_text")
-        return _text(f"{title}\n\n{body}" if title and not body.startswith(title) else body)
-
-    return read
-
-
-def _question(answer: str) -> Callable[[Json, str], list[Example]]:
-    def read(r: Json, instruction: str) -> list[Example]:
-        title, desc = _string(r, "title"), _optional(r, "desc")
-        if not (title or desc):
-            raise Drop("empty_question")
-        return _ask(_join(instruction, title, desc if desc != title else ""), _string(r, answer))
-
-    return read
-
-
-def _translation(r: Json, instruction: str) -> list[Example]:
-    english, chinese = _string(r, "english"), _string(r, "chinese")
-    return [
-        *_ask(_join(instruction.replace("{language}", "中文"), english), chinese),
-        *_ask(_join(instruction.replace("{language}", "英文"), chinese), english),
-    ]
-
-
-def _exam(r: Json, _: str) -> list[Example]:
-    question = [_optional(r, f"textbox_{key}") for key in ("q_instruction", "q_context", "question")]
-    answer, analysis = _string(r, "textbox_answer"), _optional(r, "textbox_answer_analysis")
-    return _ask(_join(*question), _join(answer, analysis) if answer else "")
-
-
-def _alpaca(r: Json, _: str) -> list[Example]:
-    turns: list[tuple[str, str]] = [("system", _optional(r, "system"))]
-    for past in r.get("history") or []:
-        if not isinstance(past, list):  # two letters would pass for a question and an answer
-            raise Drop("bad_record")
-        question, answer = past
-        turns += [("user", _clean(question)), ("assistant", _clean(answer))]
-    question = _join(_string(r, "instruction"), _optional(r, "input"))
-    return _talk([*turns, ("user", question), ("assistant", _string(r, "output"))])
-
-
-def _alpaca_turns(r: Sequence[Json], _: str) -> list[Example]:
-    turns = []
-    for turn in r:
-        question = _join(_string(turn, "instruction"), _optional(turn, "input"))
-        turns += [("user", question), ("assistant", _string(turn, "output"))]
-    return _talk(turns)
-
-
-def _translated(r: Json, _: str) -> list[Example]:
-    return _ask(_join(_string(r, "trans_instruction"), _optional(r, "trans_input")), _string(r, "trans_output"))
-
-
-def _unified(r: Json | Sequence[Json], _: str) -> list[Example]:
-    turns = []
-    for turn in [r] if isinstance(r, Mapping) else r:
-        turns += [("user", _string(turn, "inputs")), ("assistant", _string(turn, "targets"))]
-    return _talk(turns)
-
-
-def _rounds(r: Json, _: str) -> list[Example]:
-    turns = []
-    for key in sorted((k for k in r if k.startswith("round_")), key=lambda k: int(k.removeprefix("round_"))):
-        turns += [("user", _string(r[key], "prompt")), ("assistant", _string(r[key], "response"))]
-    return _talk(turns)
-
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-}
-
-
-def _listed(key: str, role: str, content: str) -> Callable[[Json, str], list[Example]]:
-    def read(r: Json, _: str) -> list[Example]:
-        turns: list[tuple[str, str]] = []
-        for turn in r[key]:
-            if turn[role].lower() not in ROLES:
-                raise Drop("unknown_role")
-            turns.append((ROLES[turn[role].lower()], _string(turn, content)))
-        return _talk(turns)
-
-    return read
-
-
-_MOSS_MARKS = re.compile(r"^\s*<\|(?:Human|MOSS)\|>\s*[:：]\s*|<eo[hm]>|<eo[a-z]>\s*$")
-
-
-def _moss(r: Json, _: str) -> list[Example]:
-    turns: list[tuple[str, str]] = []
-    chat = r["chat"]
-    for key in sorted(chat, key=lambda k: int(k.removeprefix("turn_"))):
-        for role, name in (("user", "Human"), ("assistant", "MOSS")):
-            turns.append((role, _MOSS_MARKS.sub("", _string(chat[key], name)).strip()))
-    # meta_instruction is the same English preamble in every record; the model's name in it is not ours to teach.
-    return _talk(turns)
-
-
-def _choose(context: str, question: str, options: Sequence[str], gold: int) -> list[Example]:
-    """A multiple-choice question, asked as `panda eval` asks it; the answer is the letter."""
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise Drop("bad_record")
-    if not 2 <= len(options) <= 26 or not 0 <= gold < len(options):
-        raise Drop("bad_record")
-    return _ask(questions.text_of(context, question, options), questions.letter(gold))
-
-
-def _c3(r: Sequence[Any], _: str) -> list[Example]:
-    paragraphs, asked, _id = r
-    if not asked:
-        raise Drop("empty_question")
-    context = "\n".join(map(_clean, paragraphs))
-    return [
-        example
-        for q in asked
-        for example in _choose(context, _string(q, "question"), q["choice"], q["choice"].index(q["answer"]))
-    ]
-
-
-def _logiqa(r: Json, _: str) -> list[Example]:
-    return _choose(_string(r, "text"), _string(r, "question"), r["options"], int(r["answer"]))
-
-
-# name -> (keys that tell it, reader). The first whose keys a record has is taken: the more telling ones stand first.
-# Lists, strings and COIG's rounds have no keys of their own; `recognise` knows them.
-LAYOUTS: dict[str, tuple[frozenset[str], Callable[[Any, str], list[Example]]]] = {
-    "wiki": (frozenset({"id", "url", "title", "text"}), _wiki),
-    "news": (frozenset({"news_id", "title", "content"}), _title_and("content")),
-    "webtext": (frozenset({"qid", "title", "star", "content"}), _question("content")),
-    "baike": (frozenset({"qid", "title", "answer"}), _question("answer")),
-    "translation": (frozenset({"english", "chinese"}), _translation),
-    "exam": (frozenset({"textbox_question", "textbox_answer"}), _exam),
-    "translated": (frozenset({"trans_instruction", "trans_output"}), _translated),
-    "alpaca": (frozenset({"instruction", "output"}), _alpaca),
-    "unified": (frozenset({"inputs", "targets"}), _unified),  # COIG's unified form, and FLAN
-    "moss": (frozenset({"chat"}), _moss),
-    "sharegpt": (frozenset({"conversations"}), _listed("conversations", "from", "value")),
-    "messages": (frozenset({"messages"}), _listed("messages", "role", "content")),
-    "article": (frozenset({"title", "content"}), _title_and("content")),  # WuDao
-    "logiqa": (frozenset({"text", "question", "options", "answer"}), _logiqa),
-    "json_text": (frozenset({"text"}), _wiki),  # C4
-    "alpaca_turns": (frozenset(), _alpaca_turns),
-    "c3": (frozenset(), _c3),
-    "rounds": (frozenset(), _rounds),
-    "text": (frozenset(), _plain),
-}
+def _fill(text: str, values: tuple[tuple[str, str], ...]) -> str:
+    for name, value in values:
+        text = text.replace("{{" + name + "}}", value)
+    return text
