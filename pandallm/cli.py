@@ -42,11 +42,18 @@ def _print(result: dict[str, Any], as_json: bool, line: str = "") -> None:
 
 
 @data_app.command(epilog="Example: panda data prepare conf/demo/pretrain_data.yaml workers=2")
-def prepare(conf: str, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def prepare(
+    conf: str,
+    overrides: Overrides = None,
+    ray: Annotated[
+        str | None, typer.Option(help=r"Run on this Ray cluster (auto, or host:port); needs pandallm\[ray].")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Corpora -> packed token shards. A rerun finds them made; after a kill the same command goes on."""
     from pandallm.data import prepare as module
 
-    _print(module.run(conf, overrides or []), as_json)
+    _print(module.run(conf, overrides or [], ray=ray), as_json)
 
 
 @data_app.command(epilog="Example: panda data show shards/demo -n 3 --source wiki")
@@ -54,12 +61,32 @@ def show(
     shards: str,
     n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 3,
     source: Annotated[str | None, typer.Option(help="Documents of this source instead of rows.")] = None,
+    dropped_by: Annotated[str | None, typer.Option(help="Samples of what was dropped for this cause instead.")] = None,
 ) -> None:
     """Decode rows; trained tokens are green (between ⟦ ⟧ where there is no terminal)."""
     from pandallm.data import show as module
 
-    for text in module.run(shards, n, source, sys.stdout.isatty()):
+    if dropped_by is None:
+        texts = module.run(shards, n, source, sys.stdout.isatty())
+    else:
+        texts = module.dropped(shards, dropped_by, n, source)
+    for text in texts:
         print(text)
+
+
+@data_app.command(epilog="Example: panda data stats shards/demo")
+def stats(
+    shards: str,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for stats.html and stats.png; the shards' own if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What became of every record: read, dropped by cause, kept, packed; a page with samples, and a picture."""
+    from pandallm.data import stats as module
+
+    figures = module.run(shards, out)
+    _print(figures, as_json, module.text(figures))
 
 
 @app.command(epilog="Example: panda train conf/demo/sft.yaml learning_rate=1e-4")

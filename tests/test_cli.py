@@ -12,6 +12,7 @@ import pytest
 VERBS = [
     "data prepare",
     "data show",
+    "data stats",
     "train",
     "delta make",
     "delta apply",

@@ -1,4 +1,4 @@
-"""`panda data show`: rows or documents decoded, with what is trained made visible."""
+"""`panda data show`: rows or documents decoded, with what is trained made visible; and what was dropped, and where."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
-from pandallm import prompt, tokenizer
+from pandallm import tokenizer
+from pandallm.config import UserError
+from pandallm.data import tokenize
 from pandallm.data.shards import Shards
-from pandallm.model.load import resolve
+from pandallm.data.stats import read_report, readable
 
 
 def run(folder: str, count: int, source: str | None, colour: bool) -> list[str]:
@@ -17,10 +19,7 @@ def run(folder: str, count: int, source: str | None, colour: bool) -> list[str]:
     Trained tokens are green, or between ⟦ and ⟧ without colour.
     """
     data = Shards(folder)
-    tok = tokenizer.load(resolve(data.manifest["config"]["tokenizer"]))
-    if data.manifest["config"]["pad_token"]:
-        tokenizer.add_pad(tok, data.manifest["config"]["pad_token"])
-    tok.chat_template = prompt.template(data.manifest["chat_format"], tok)
+    tok = _tokenizer(data)
     before, after = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     groups = (
         [("document", [int(n)]) for n in data.documents_of(source)[:count]]
@@ -37,6 +36,41 @@ def run(folder: str, count: int, source: str | None, colour: bool) -> list[str]:
             lines.append(_marked(tok, ids.tolist(), mask.tolist(), before, after))
         shown.append("\n".join(lines))
     return shown
+
+
+def dropped(folder: str, cause: str, count: int, source: str | None) -> list[str]:
+    """The first `count` samples of the records dropped for `cause`, of one source or of all: place, beginning, and
+    what it is like. UserError, with the causes there are, where none was dropped for it."""
+    data = Shards(folder)
+    table = {s["name"]: s["dropped"] for s in data.manifest["sources"]}
+    if source and source not in table:
+        raise UserError(f"{folder}: no source '{source}'; it has {', '.join(sorted(table))}")
+    names = [source] if source else list(table)
+    if not any(cause in table[name] for name in names):
+        causes = ", ".join(sorted({known for name in names for known in table[name]})) or "none"
+        of = f" of {source}" if source else ""
+        raise UserError(f"{folder}: no record{of} was dropped for '{cause}'; causes: {causes}")
+    samples = read_report(data)["samples"]
+    shown = []
+    for name in names:
+        for sample in samples.get(name, {}).get(cause, []):
+            text = f"--- {cause}, {name}, {sample['file']}:{sample['line']}\n{sample['text']}"
+            shown.append(readable(text + (f"\n--- like\n{sample['like']}" if "like" in sample else "")))
+    number = sum(table[name].get(cause, 0) for name in names)
+    return shown[:count] or [f"--- {cause}: {number} records, of which no samples are kept"]
+
+
+def _tokenizer(data: Shards) -> PreTrainedTokenizerBase:
+    """The tokenizer that the shards were made with, as they keep it."""
+    folder = tokenize.tokenizer_folder(data.folder)
+    try:
+        found = tokenizer.reload(folder)
+    except Exception as e:  # tokenizers raises no narrower one for a file that is cut short
+        said = " ".join(str(e).split())[:100]
+        raise UserError(f"{folder}: no tokenizer could be loaded ({said}); prepare the shards again") from None
+    if tokenizer.fingerprint(found) != data.manifest["tokenizer_hash"]:
+        raise UserError(f"{folder}: not the tokenizer the shards were made with; prepare them again")
+    return found
 
 
 def _marked(tok: PreTrainedTokenizerBase, ids: list[int], mask: list[bool], before: str, after: str) -> str:
