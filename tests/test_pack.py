@@ -38,7 +38,8 @@ def best_fit_slowly(lengths: list[int], seq_len: int) -> list[int]:
 
 
 def check(lengths: list[int], seq_len: int) -> list[list[int]]:
-    rows = pack.best_fit(np.array(lengths, "<u4"), seq_len)
+    row_of = pack.best_fit(np.array(lengths, "<u4"), seq_len)
+    rows = [np.flatnonzero(row_of == row).tolist() for row in range(row_of.max(initial=-1) + 1)]
     assert sorted(i for row in rows for i in row) == list(range(len(lengths))), "every document just once"
     assert all(row for row in rows)
     assert all(sum(lengths[i] for i in row) <= seq_len for row in rows)
@@ -64,7 +65,6 @@ def test_property(seed: int) -> None:
     assert len(rows) >= -(-sum(lengths) // seq_len)
     assert len(rows) <= len(first_fit(lengths, seq_len))
     assert sorted(seq_len - sum(lengths[i] for i in row) for row in rows) == best_fit_slowly(lengths, seq_len)
-    assert rows == pack.best_fit(np.array(lengths, "<u4"), seq_len)
 
 
 def test_utilisation() -> None:
@@ -117,3 +117,25 @@ def test_repeats_are_drawn_from_all() -> None:
     trained = np.full(1000, 10)
     counts = mix.repeats(trained, 0.5, np.random.default_rng(0))
     assert counts.sum() == 500 and 200 < counts[:500].sum() < 300
+
+
+def test_samples_are_drawn_in_proportion() -> None:
+    """Examples-proportional: a group's share is that of its records, of which `cap` count at most."""
+    groups = np.repeat([7, 3, 9, 4], [1000, 100, 10, 2]).astype("<u8")
+    rng = np.random.default_rng(0)
+    drawn = mix.sample(groups, 222, 100, rng)
+    assert {g: int(drawn[groups == g].sum()) for g in (7, 3, 9, 4)} == {7: 110, 3: 100, 9: 10, 4: 2}
+    drawn = mix.sample(groups, 111, 100, rng)
+    sizes = [int(drawn[groups == g].sum()) for g in (7, 3, 9, 4)]
+    assert sum(sizes) == 111 and all(abs(n - w / 212 * 111) < 1 for n, w in zip(sizes, (100, 100, 10, 2), strict=True))
+    assert mix.sample(groups, 10_000, 5, rng).all()
+    uncapped = mix.sample(groups, 556, None, rng)
+    assert int(uncapped.sum()) == 556 and abs(int(uncapped[groups == 7].sum()) - 500) <= 1
+
+
+def test_samples_are_drawn_by_the_seed() -> None:
+    groups = np.zeros(1000, "<u8")
+    first, again, other = (mix.sample(groups, 100, None, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first.sum() == again.sum() == other.sum() == 100
+    assert (first == again).all() and (first != other).any()
+    assert np.flatnonzero(first).max() > 800, "from all over the corpus"

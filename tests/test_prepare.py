@@ -22,9 +22,9 @@ from conftest import ROOT, WriteYaml
 
 from pandallm import cli, files, prompt, tokenizer
 from pandallm.config import UserError
-from pandallm.data import prepare, shards, show, tokenize
+from pandallm.data import prepare, read, shards, show, tokenize, workers
 from pandallm.data.shards import Shards
-from pandallm.model.load import resolve
+from pandallm.model.names import resolve
 from pandallm.prompt import Dialogue, Text
 
 CORPORA = ROOT / "pandallm" / "demo" / "corpora"
@@ -99,12 +99,12 @@ def check(out: Path) -> Shards:
             assert s[key] == by_source[s["name"]][key]
         assert s["share"] == pytest.approx(s["trained_tokens"] / total["trained_tokens"], abs=1e-6)
     assert manifest["files"] == {name: files.hash_file(out / name) for name in manifest["files"]}
-    names = {
-        f"parts/{p['name']}.{kind}"
-        for p in manifest["parts"]
-        for kind in (*(f"{k}.bin" for k in tokenize.KINDS), "json")
-    }
-    assert contents(out).keys() == names | {"manifest.json", "rows.documents.bin", "rows.sizes.bin"}
+    kinds = (*tokenize.KINDS, "sketches") if manifest["config"]["dedup"]["near"] else tokenize.KINDS
+    names = {f"parts/{p['name']}.{kind}" for p in manifest["parts"] for kind in (*(f"{k}.bin" for k in kinds), "json")}
+    names |= {"manifest.json", "report.json", *prepare.ROWS}
+    if manifest["config"]["decontaminate"]:
+        names |= {"items.bin", "items.json"}
+    assert {name for name in contents(out) if not name.startswith("tokenizer/")} == names
     return data
 
 
@@ -146,9 +146,9 @@ def test_one_and_two_workers_make_the_same_bytes(run: Prepare, tmp_path: Path, m
     run(DEMO, workers=1)
     one = contents(tmp_path / "shards")
     shutil.rmtree(tmp_path / "shards")
-    monkeypatch.setattr(tokenize, "PROCESSES_PAY", 0)
+    monkeypatch.setattr(workers, "PROCESSES_PAY", 0)
     pids: list[int] = []
-    monkeypatch.setattr(tokenize, "run", lambda *_: pids.append(os.getpid()))  # unknown to spawned workers
+    monkeypatch.setattr(tokenize, "_batches", lambda *_: pids.append(os.getpid()))  # unknown to spawned workers
     run(DEMO, workers=2)
     assert contents(tmp_path / "shards") == one and not pids
 
@@ -278,7 +278,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, write_yaml: WriteYaml) ->
 def test_a_rerun_does_no_work(run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(DEMO)
     before = times(tmp_path / "shards")
-    monkeypatch.setattr(tokenize, "run_all", None)
+    monkeypatch.setattr(workers, "run_all", None)
     assert run(DEMO) == run(DEMO, workers=7) == json.loads(json.dumps(first))
     assert times(tmp_path / "shards") == before
 
@@ -302,7 +302,9 @@ def test_a_changed_config_redoes_what_it_must(run: Prepare, tmp_path: Path) -> N
         }
         shutil.rmtree(tmp_path / "fresh")
         changed = {
-            name.split("/")[1].split("-")[0] for name in after if "/" in name and before.get(name) != after[name]
+            name.split("/")[1].split("-")[0]
+            for name in after
+            if name.startswith("parts/") and before.get(name) != after[name]
         }
         before = after
         return changed
@@ -436,9 +438,10 @@ def test_parts_are_cut_by_size(run: Prepare, tmp_path: Path, monkeypatch: pytest
     for i, size in enumerate((10, 10, 10, 50, 5, 5)):
         (folder / str(i)).write_text("a" * size)
     monkeypatch.setattr(tokenize, "PART_BYTES", 30)
-    groups = [[int(path.name) for path in group] for group in tokenize.groups(sorted(folder.iterdir()))]
+    spans = (span for path in sorted(folder.iterdir()) for span in read.spans_of(path, "text", 30))
+    groups = [[int(Path(span.path).name) for span in group] for group in tokenize.groups(spans)]
     assert groups == [[0, 1, 2], [3], [4, 5]]
-    manifest = run([{"name": "texts", "path": str(folder)}], dedup={"exact": False})
+    manifest = run([{"name": "texts", "path": str(folder), "format": "text"}], dedup={"exact": False})
     check(tmp_path / "shards")
     assert [(p["name"], len(p["files"])) for p in manifest["parts"]] == [
         ("texts-00000", 3),
@@ -470,7 +473,7 @@ def panda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     [
         ('{"text": "好"}\n{"text": "断\n{"text": "好好"}\n', 2, "bad_json"),
         ('\n\n{"text": 3}\n{"text": "好"}\n', 3, "bad_record"),
-        ('[\n{"text": "好"},\n{"text": "断\n', 3, "bad_json"),
+        ('[\n{"text": "好"},\n{"text": "断\n', 2, "bad_json"),  # in an array the number stands for the line
         ('{"text": "好"}\n{"body": "好"}\n', 2, "unknown_layout"),
     ],
 )
@@ -514,7 +517,7 @@ def test_too_many_bad_records(
         ({"path": "good"}, {"chat_format": "llama3"}, "chat_format llama3: '<|eot_id|>' is not a special token"),
         ({"path": "good"}, {"chat_format": "chatlm"}, ":1: chat_format: Input should be 'panda', 'chatml'"),
         ({"path": "good"}, {"seq_len": 4}, "seq_len: Input should be greater than or equal to 8 (got 4)"),
-        ({"path": "good", "format": "wikipedia"}, {}, "sources.0.format: not one of auto, wiki, news"),
+        ({"path": "good", "format": "wikipedia"}, {}, "sources.0.format: not one of auto, text, lines, paragraphs, "),
         ({"path": "good", "name": "a/b"}, {}, "sources.0.name: letters, digits, _ and - only"),
         ({"path": "good", "weight": 0.5, "epochs": 1}, {}, "sources.0: give epochs or weight, not both"),
         ({"path": "good", "epochs": float("inf")}, {}, "sources.0.epochs: Input should be a finite number"),
@@ -595,7 +598,7 @@ def test_long_texts_are_cut_up(extra: int, run: Prepare, corpus: Callable[..., d
     assert [i for piece, _ in pieces for i in piece.tolist()] == ids
     assert all(mask.tolist() == [False] + [True] * (len(mask) - 1) for _, mask in pieces)
     assert manifest["sources"][0]["changed"] == {"texts_cut_up": 1} and manifest["sources"][0]["kept"] == 1
-    assert len(pieces) == -(-len(ids) // seq_len)
+    assert -(-len(ids) // seq_len) <= len(pieces) <= len(ids) // (seq_len - 8) + 1
 
 
 def test_long_dialogues_lose_their_end(run: Prepare, corpus: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -609,7 +612,7 @@ def test_long_dialogues_lose_their_end(run: Prepare, corpus: Callable[..., dict[
     data = check(tmp_path / "shards")
     (table,) = manifest["sources"]
     assert (table["kept"], table["dropped"]) == (3, {"too_long": 1})
-    assert table["changed"] == {"dialogues_shortened": 2, "examples_too_long": 1}
+    assert table["changed"] == {"answers_shortened": 2, "examples_too_long": 1, "exchanges_too_long": 2}
     plain = tokenizer.load(resolve("tiny"))
     prompt.set_format(plain, "panda")
     whole = prompt.render(plain, [Dialogue((("user", "问"), ("assistant", "长" * 100)))])[0]
@@ -699,8 +702,8 @@ def test_shards_that_cannot_be_read(run: Prepare, tmp_path: Path) -> None:
     run(DEMO)
     manifest = tmp_path / "shards" / "manifest.json"
     text = manifest.read_text(encoding="utf-8")
-    manifest.write_text(text.replace('"format": 2', '"format": 1'), encoding="utf-8")
-    with pytest.raises(UserError, match="shards of format 1, not 2; prepare them again"):
+    manifest.write_text(text.replace('"format": 3', '"format": 1'), encoding="utf-8")
+    with pytest.raises(UserError, match="shards of format 1, not 3; prepare them again"):
         Shards(tmp_path / "shards")
     manifest.write_text(text[:100], encoding="utf-8")
     with pytest.raises(UserError, match=r"manifest.json: damaged \(.*\); prepare the shards again"):

@@ -37,3 +37,34 @@ def repeats(trained: NDArray[np.integer], epochs: float, rng: np.random.Generato
     sums = np.cumsum([0, *trained[order].tolist()])
     counts[order[: int(np.abs(sums - wanted).argmin())]] += 1
     return counts
+
+
+def sample(
+    groups: NDArray[np.unsignedinteger], size: int, cap: int | None, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Which records of a source are drawn [N], from the group of each [N]: `size` of them, from each group in
+    proportion to its records, of which `cap` count at most (examples-proportional mixing: Raffel et al. 2019,
+    arXiv 1910.10683, section 3.5.2; RECIPE section 1). All of a group are drawn before any other gives more."""
+    names, group, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    quota = _quotas(counts, np.minimum(counts, cap or counts.max(initial=1)), min(size, len(groups)))
+    order = rng.permutation(len(groups))
+    order = order[np.argsort(group[order], kind="stable")]  # group by group, each shuffled
+    place = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+    drawn = np.zeros(len(groups), bool)
+    drawn[order[place < np.repeat(quota, counts)]] = True
+    return drawn
+
+
+def _quotas(counts: NDArray[np.int64], weights: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """`size` shared out by `weights` [groups], no group giving more than it has; what is left over by rounding goes to
+    the largest remainders."""
+    quota = np.zeros(len(counts), np.int64)
+    while (left := size - int(quota.sum())) > 0:
+        room = quota < counts
+        wanted = left * np.where(room, weights, 0) / weights[room].sum()
+        given = np.minimum(wanted.astype(np.int64), counts - quota)
+        if not given.any():
+            most = np.argsort(-np.where(room, wanted, -1), kind="stable")[:left]
+            given[most[room[most]]] = 1
+        quota += given
+    return quota

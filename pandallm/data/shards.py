@@ -1,10 +1,15 @@
 """The token shards on disk: flat, memory-mapped files and a manifest.
 
     manifest.json             counts at every step, causes of drops, tokenizer and file hashes, config
+    report.json               samples of what was dropped, records that touch evaluation items
+    tokenizer/                the tokenizer, with its chat template
+    items.bin                 the n-grams of the evaluation items to keep out, where some are named
     parts/NAME.tokens.bin     token ids of some corpus files' documents, end to end (uint16 or uint32)
     parts/NAME.mask.bin       uint8 a token: 1 where it is trained
     parts/NAME.documents.bin  a DOCUMENT a document: where it lies, and which record it came from
     parts/NAME.records.bin    a RECORD a kept record: its corpus file and line, and its content's hash
+    parts/NAME.sketches.bin   a sketch a kept record, where near-duplicates are looked for (dedup.py)
+    parts/NAME.json           the part's counts and samples, and what it was made from
     rows.documents.bin        uint32: document numbers (over all parts, in the manifest's order), row by row
     rows.sizes.bin            uint32 a row: how many of those it holds
 
@@ -24,11 +29,12 @@ from numpy.typing import NDArray
 from pandallm import files
 from pandallm.config import UserError
 
-FORMAT = 2
+FORMAT = 3
 DOCUMENT = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("trained", "<u4"), ("record", "<u4"), ("piece", "<u4")]
 )  # offset in tokens within the part; record: index into its records; piece: number within a text that was cut up
-RECORD = np.dtype([("key", "S16"), ("file", "<u4"), ("line", "<u8")])  # file: number within the part's
+RECORD = np.dtype([("key", "S16"), ("file", "<u4"), ("line", "<u8"), ("group", "<u8")])
+# file: number within the part's; line: counted from that file's `first_line`; group: hash of what the source is sampled by
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -107,7 +113,8 @@ class Shards:
         part, d = self._locate(number)
         about = self.parts[part]
         record = read_flat(self.folder / f"parts/{about['name']}.records.bin", RECORD)[int(d["record"])]
-        return about["source"], about["files"][int(record["file"])], int(record["line"])
+        file = int(record["file"])
+        return about["source"], about["files"][file], about["first_lines"][file] + int(record["line"])
 
     def documents_of(self, source: str) -> NDArray[np.int64]:
         """Document numbers of a source that stand in some row."""
