@@ -523,14 +523,13 @@ def test_a_stream_cut_short_keeps_its_first_records(of: Any, name: str, array: b
     items = [{"text": "".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(500))} for _ in range(1000)]
     data = PACK[name]((dump(items) if array else "\n".join(map(dump, items))).encode())
     cut = len(data) * 3 // 4
-    damaged = data[:cut] + bytes(len(data) - cut - 500) + data[-500:]  # a zip archive's directory stands at its end
-    for wounded in (data[:cut], damaged):
-        found = of(wounded)
-        assert isinstance(found[-1], Bad) and found[-1].cause == "bad_archive"
-        got = values(found[:-1])
-        assert got == items[: len(got)] and (
-            len(got) > 250 or (wounded is data[:cut] and "zip" in name) or name == "bz2"
-        )
+    found = of(data[:cut])
+    assert isinstance(found[-1], Bad) and found[-1].cause == "bad_archive"
+    assert values(found[:-1]) == items[: len(found) - 1]
+    assert len(found) > 250 or name == "bz2" or "zip" in name  # whose directory stands at its end
+    found = of(data[:cut] + bytes(len(data) - cut - 500) + data[-500:])
+    assert causes(found)[-1] == "bad_archive" and len(causes(found)) - len(good(found)) <= 2
+    assert good(found) == items[: len(good(found))] and (len(found) > 250 or name == "bz2")
 
 
 def test_files_of_a_folder(tmp_path: Path) -> None:
@@ -548,7 +547,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     assert found("") == ["a/3", "b/1.txt", "b/2.json", "c.jsonl", "d"]
     assert read.files_of(tmp_path / "corpus" / "a" / ".DS_Store", "here") == [tmp_path / "corpus" / "a" / ".DS_Store"]
     assert found("*.jsonl") == ["c.jsonl"] and found("[ab]/[0-9]*") == ["a/3", "b/1.txt", "b/2.json"]
-    assert found("**/*.json") == ["b/2.json", "again/2.json"][:1] + ["b/2.json"][1:] or "b/2.json" in found("**/*.json")
+    assert found("b/**/*.json") == ["b/2.json"]
     assert found("[a-b]") == ["a/3", "b/1.txt", "b/2.json"] and found("?") == ["a/3", "b/1.txt", "b/2.json", "d"]
     with pytest.raises(UserError, match="no file has a name like that"):
         found("*.nothing")

@@ -23,7 +23,7 @@ CORPORA = ROOT / "pandallm" / "demo" / "corpora"
 
 @pytest.fixture
 def conf(tmp_path: Path, write_yaml: WriteYaml, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A mixture of several parts: a file that is cut, small files together, repairs, near-duplicates, held-out items."""
+    """A mixture of several parts: files that are cut, repairs, near-duplicates, held-out items."""
     monkeypatch.setattr(tokenize, "PART_BYTES", 20_000)
     monkeypatch.setattr(workers, "PROCESSES_PAY", 0)
     rng = random.Random(4)

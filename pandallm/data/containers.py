@@ -472,11 +472,11 @@ def value_at(data: bytes, at: int, guess: int) -> tuple[Any, int]:
                 break
             except orjson.JSONDecodeError as e:
                 stop, at_end = _error_at(piece, e)
+                if stop and not e.doc:  # not UTF-8 from there on, which may be beyond the value
+                    wrong, piece = (wrong if at_end else e), piece[:stop]
+                    continue
                 if at_end:
                     break
-                if not e.doc:  # not UTF-8 from there on, which may be beyond the value
-                    wrong, piece = e, piece[:stop]
-                    continue
                 try:  # nor is text after the value an error of the value
                     return orjson.loads(piece[:stop]), at + stop
                 except orjson.JSONDecodeError:
@@ -554,8 +554,9 @@ class Array:
                     yield Record(value, self._number)
             else:
                 self._number += 1
-                if item := self._one():
-                    yield item
+                if not (item := self._one()):
+                    break
+                yield item
         if w.broken:
             raise w.broken
 

@@ -34,7 +34,7 @@ DOCUMENT = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("trained", "<u4"), ("record", "<u4"), ("piece", "<u4")]
 )  # offset in tokens within the part; record: index into its records; piece: number within a text that was cut up
 RECORD = np.dtype([("key", "S16"), ("file", "<u4"), ("line", "<u8"), ("group", "<u8")])
-# file: number within the part's; line: counted from that file's `first_line`; group: hash of what the source is sampled by
+# file: number within the part's; line: counted from its `first_lines`; group: hash of what the source is sampled by
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
