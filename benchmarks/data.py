@@ -36,6 +36,7 @@ RATIOS = (
     ("ours, cleaned", "bare tokenizers", 0.5),
     ("ours", "TRL", 3.0),
     ("ours", "TRL, loss masks", 3.0),
+    ("ours", "TRL, as its trainer", 3.0),
     ("ours", "LLaMA-Factory", None),
 )
 
@@ -112,6 +113,7 @@ def contenders(args: argparse.Namespace, kind: str) -> dict[str, Contender]:
         found["TRL"] = peer(args.trl, "trl_pack.py", args.work)
         if kind == "instruct":
             found["TRL, loss masks"] = peer(args.trl, "trl_pack.py", args.work, "--masks")
+        found["TRL, as its trainer"] = peer(args.trl, "trl_pack.py", args.work, "--masks", "--one-by-one")
     else:
         print("  TRL: skipped, no --trl PYTHON")
     if args.llamafactory and kind == "instruct":

@@ -155,3 +155,39 @@ def test_up_sampling_to_a_share(run: Run) -> None:
     assert table["coig"]["share"] == pytest.approx(0.25, abs=0.005)
     counts = [n for (source, _), n in seen(data).items() if source == "coig"]
     assert len(counts) == 20 and max(counts) - min(counts) <= 1 and table["coig"]["repeats"] == max(counts) > 5
+
+
+def test_what_a_layout_says_in_every_record_makes_none_alike(run: Run) -> None:
+    """Short questions on short texts, asked in the evaluation's words, are no near-duplicates; nor are answers to one
+    long instruction of the config."""
+    asked = [
+        [["火车8点开，别迟到了。"], [{"question": "火车几点开？", "choice": ["七点", "八点"], "answer": "八点"}], "1"],
+        [
+            ["抽烟对身体不好。"],
+            [{"question": "说话人劝别人做什么？", "choice": ["少抽烟", "多喝水"], "answer": "少抽烟"}],
+            "2",
+        ],
+        [["她明天去北京出差。"], [{"question": "她去哪里？", "choice": ["上海", "北京"], "answer": "北京"}], "3"],
+    ]
+    long = "下面是网友在论坛上提出的一个问题，请你以专家的身份，用通俗易懂的话，耐心而完整地回答他，不要有遗漏。"
+    baike = [
+        {"qid": str(i), "title": title, "answer": title[::-1]}
+        for i, title in enumerate(("盐是什么", "山有多高", "谁写的诗"))
+    ]
+    manifest, _ = run(
+        {"c3": asked, "baike": baike}, {"baike": {"instruction": long}}, dedup={"near": True}, seq_len=512
+    )
+    assert [s["dropped"] for s in manifest["sources"]] == [{}, {}]
+
+
+def test_a_near_duplicate_is_shown_beside_what_it_is_like(run: Run, tmp_path: Path) -> None:
+    text = (
+        "立秋过后，江边的芦苇渐渐白了。渔民们把船拖上岸，补网、上油，等着下一个汛期。孩子们在沙滩上捡贝壳，偶尔抬头看看远处的灯塔。"
+        "老人说，从前这里没有堤坝，潮水一来，半个村子都要搬家；如今路修到了门口，日子也就安稳下来了。"
+    )
+    copy = text.replace("渔民", "船工").replace("老人", "长辈").replace("灯塔", "山影")
+    manifest, _ = run({"a": [{"text": text}], "b": [{"text": copy}]}, {}, dedup={"near": True}, seq_len=512)
+    assert [s["dropped"] for s in manifest["sources"]] == [{}, {"near_duplicate": 1}]
+    report = json.loads((tmp_path / "shards" / "report.json").read_text(encoding="utf-8"))
+    (sample,) = report["samples"]["b"]["near_duplicate"]
+    assert sample["line"] == 1 and "船工" in sample["text"] and "渔民" in sample["like"]

@@ -437,9 +437,9 @@ def test_parts_are_cut_by_size(run: Prepare, tmp_path: Path, monkeypatch: pytest
     folder.mkdir()
     for i, size in enumerate((10, 10, 10, 50, 5, 5)):
         (folder / str(i)).write_text("a" * size)
-    monkeypatch.setattr(tokenize, "PART_BYTES", 30)
+    monkeypatch.setattr(tokenize, "PART_BYTES", (30, 30))
     spans = (span for path in sorted(folder.iterdir()) for span in read.spans_of(path, "text", 30))
-    groups = [[int(Path(span.path).name) for span in group] for group in tokenize.groups(spans)]
+    groups = [[int(Path(span.path).name) for span in group] for group in tokenize.groups(spans, 30)]
     assert groups == [[0, 1, 2], [3], [4, 5]]
     manifest = run([{"name": "texts", "path": str(folder), "format": "text"}], dedup={"exact": False})
     check(tmp_path / "shards")

@@ -55,7 +55,9 @@ def test_figures(name: str) -> None:
     assert (data["seq_len"], data["out"], data["chat_format"], data["pad_token"]) == (2048, conf.data, "panda", "<pad>")
 
 
-@pytest.mark.parametrize("path", sorted(ZH.parent.glob("*/data/*.yaml")) + sorted((ROOT / "conf" / "demo").glob("*_data.yaml")))
+@pytest.mark.parametrize(
+    "path", sorted(ZH.parent.glob("*/data/*.yaml")) + sorted((ROOT / "conf" / "demo").glob("*_data.yaml"))
+)
 def test_data_configs_load(path: Path) -> None:
     config.load(PrepareConfig, path)
 

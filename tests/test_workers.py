@@ -24,7 +24,7 @@ CORPORA = ROOT / "pandallm" / "demo" / "corpora"
 @pytest.fixture
 def conf(tmp_path: Path, write_yaml: WriteYaml, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A mixture of several parts: files that are cut, repairs, near-duplicates, held-out items."""
-    monkeypatch.setattr(tokenize, "PART_BYTES", 20_000)
+    monkeypatch.setattr(tokenize, "PART_BYTES", (20_000, 20_000))
     monkeypatch.setattr(workers, "PROCESSES_PAY", 0)
     rng = random.Random(4)
     lines = (CORPORA / "instruct_home.jsonl").read_text(encoding="utf-8").splitlines()
@@ -72,7 +72,7 @@ from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 cluster.add_node(num_cpus=1)
 from pandallm.data import prepare, tokenize
-tokenize.PART_BYTES = 20_000
+tokenize.PART_BYTES = (20_000, 20_000)
 prepare.run(sys.argv[1], [f"out={sys.argv[2]}"], ray=cluster.address)
 cluster.shutdown()
 """

@@ -3,7 +3,9 @@
 llamafactory_pack.py TOKENIZER instruct CORPUS OUT   makes the rows with two workers
 llamafactory_pack.py count OUT                       prints {"tokens", "rows", "versions"}
 
-Its functions are called, not its command, which would go on to load a model and train it.
+Its functions are called, not its command, which would go on to load a model and train it. An environment without a GPU:
+torch's CPU build first, then llamafactory; then uninstall torchvision and torchaudio, whose builds don't fit, and put
+an empty torchaudio.py into site-packages.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What `datasets` and TRL do for the same rows: load, map with the chat template, pack (best fit), save to disk.
 
-trl_pack.py TOKENIZER KIND CORPUS OUT [--masks]   makes them with two processes
-trl_pack.py count OUT                             prints {"tokens", "rows", "versions"}
+trl_pack.py TOKENIZER KIND CORPUS OUT [--masks] [--one-by-one]   makes them with two processes
+trl_pack.py count OUT                                            prints {"tokens", "rows", "versions"}
 
-Kinder to TRL than its own trainer, which tokenizes example by example: batches of 1,000. Without --masks the rows don't
-say which tokens are an answer's. Raw texts are packed by `bfd_split`, for `bfd` throws away what exceeds a row.
+In batches of 1,000; with --one-by-one example by example, as TRL's own trainer does. Without --masks the rows don't say
+which tokens are an answer's. Raw texts are packed by `bfd_split`, for `bfd` throws away what exceeds a row.
 """
 
 from __future__ import annotations
@@ -36,11 +36,22 @@ def texts(batch: dict, tokenizer: PreTrainedTokenizerBase, masks: bool) -> dict:
     return {"input_ids": encoded["input_ids"]}
 
 
-def make(folder: str, kind: str, corpus: str, out: str, masks: bool) -> None:
+def talk(example: dict, tokenizer: PreTrainedTokenizerBase, masks: bool) -> dict:
+    done = talks({key: [value] for key, value in example.items()}, tokenizer, masks)
+    return {key: values[0] for key, values in done.items()}
+
+
+def text(example: dict, tokenizer: PreTrainedTokenizerBase, masks: bool) -> dict:
+    return {"input_ids": tokenizer(example["text"] + tokenizer.eos_token)["input_ids"]}
+
+
+def make(folder: str, kind: str, corpus: str, out: str, masks: bool, one_by_one: bool) -> None:
     dataset = load_dataset("json", data_files=corpus, split="train")
     rows = dataset.map(
-        talks if kind == "instruct" else texts,
-        batched=True,
+        {("instruct", False): talks, ("instruct", True): talk, ("raw", False): texts, ("raw", True): text}[
+            kind, one_by_one
+        ],
+        batched=not one_by_one,
         num_proc=PROCESSES,
         remove_columns=dataset.column_names,
         fn_kwargs={"tokenizer": AutoTokenizer.from_pretrained(folder), "masks": masks},
@@ -62,4 +73,4 @@ if __name__ == "__main__":
         print(json.dumps(count(sys.argv[2])))
     else:
         folder, kind, corpus, out = sys.argv[1:5]
-        make(folder, kind, corpus, out, "--masks" in sys.argv)
+        make(folder, kind, corpus, out, "--masks" in sys.argv, "--one-by-one" in sys.argv)

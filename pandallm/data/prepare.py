@@ -92,8 +92,11 @@ def _jobs(
     jobs = []
     for source in conf.sources:
         reading = source.reading(conf.seed)
-        spans = (s for p in corpus[source.name] for s in read.spans_of(p, reading.layout, tokenize.PART_BYTES))
-        for number, group in enumerate(tokenize.groups(spans)):
+        limit = tokenize.part_bytes(sum(path.stat().st_size for path in corpus[source.name]))
+        spans = (
+            span for path in corpus[source.name] for span in read.spans_of(path, reading.layout, limit, source.encoding)
+        )
+        for number, group in enumerate(tokenize.groups(spans, limit)):
             job = Job(
                 name=f"{source.name}-{number:05d}",
                 source=source.name,

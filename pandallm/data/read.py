@@ -11,7 +11,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +19,10 @@ from typing import NamedTuple
 import orjson
 
 from pandallm.config import UserError
-from pandallm.data import containers
-from pandallm.data.containers import TOO_LARGE, Array, Bad, Broken, Record, Table
+from pandallm.data import arrays, containers, tables
+from pandallm.data.arrays import Array
+from pandallm.data.containers import TOO_LARGE, Bad, Broken, Record
+from pandallm.data.tables import Table
 
 PLAIN = ("text", "lines", "paragraphs")  # layouts that say how a plain text is cut into documents
 CAUSES = ("bad_json", "bad_encoding", "bad_archive", "bad_record", "broken_array", "too_large")
@@ -35,12 +37,12 @@ class Span:
     """A piece of a corpus file that one worker reads."""
 
     path: str
-    start: int = (
-        0  # bytes of a file of lines (a line belongs to the span its first byte lies in), row groups of parquet
-    )
+    # Bytes of a file of lines (a line belongs to the span its first byte lies in), or row groups of parquet.
+    start: int = 0
     end: int | None = None  # None: to the end
     member: str = ""  # of a zip archive
     size: int = 0  # bytes on disk that it stands for
+    encoding: str = ""  # a codec's name; "": told from the content
 
     @property
     def name(self) -> str:
@@ -86,21 +88,21 @@ def _empty(match: Path) -> bool:
     return os.path.exists(match) and not match.is_file() and not any(f.is_file() for f in match.rglob("[!.]*"))
 
 
-def spans_of(path: Path, layout: str, limit: int) -> list[Span]:
+def spans_of(path: Path, layout: str, limit: int, encoding: str = "") -> list[Span]:
     """The spans of a file, of about `limit` bytes where it can be cut: unpacked lines at LF, parquet between row
     groups, a zip archive between its members."""
     size = os.stat(path).st_size
-    whole = Span(str(path), size=size)
+    whole = Span(str(path), size=size, encoding=encoding)
     try:
         if _is_parquet(whole, layout):
             sizes = containers.row_groups(whole.path)
             return [Span(whole.path, a, b, size=sum(sizes[a:b])) for a, b in _groups(sizes, limit)] or [whole]
         if _packing(whole.path) == "zip":
-            return [Span(whole.path, member=name, size=packed) for name, packed in containers.members(whole.path)]
+            return [replace(whole, member=name, size=packed) for name, packed in containers.members(whole.path)]
         if size > limit and not _packing(whole.path) and _form(whole, layout)[0].cuttable:
             cuts = [0, *_line_starts(whole.path, size, limit), size]
             if len(cuts) > 2:
-                return [Span(whole.path, a, b, size=b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+                return [replace(whole, start=a, end=b, size=b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
     except Broken:
         pass  # reading it will say so
     return [whole]
@@ -137,7 +139,7 @@ def lines_in(span: Span) -> int:
             return containers.rows_in(span.path, span.start, span.end)
         head, _, stream = _peek(containers.blocks(span.path, span.member, span.start, span.end), SNIFF_BYTES)
         count, last = 0, b"\n"
-        for block in containers.utf8(stream, containers.encoding_of(head)):
+        for block in containers.utf8(stream, span.encoding or containers.encoding_of(head)):
             count, last = count + block.count(b"\n"), block[-1:]
         return count + (last != b"\n")
     except Broken:
@@ -174,7 +176,7 @@ def _records(span: Span, layout: str) -> Iterator[Record | Bad]:
     if form.kind == "object":
         return _objects(stream)
     if form.table:
-        return containers.table_rows(stream, form.table, begins=not span.start)
+        return tables.table_rows(stream, form.table, begins=not span.start)
     if form.kind == "binary":
         return iter([Bad("bad_encoding", 1, form.why)])
     return _plain(stream, form.kind, form.if_large)
@@ -187,9 +189,6 @@ def _packing(path: str) -> str:
 
 def _is_parquet(span: Span, layout: str) -> bool:
     return layout not in PLAIN and not span.member and _packing(span.path) == "parquet"
-
-
-# ---------------------------------------------------------------------------------------------- what a file is
 
 
 class _Form(NamedTuple):
@@ -219,8 +218,8 @@ def _peek(stream: Iterator[bytes], size: int) -> tuple[bytes, bool, Iterator[byt
 
 
 def _failing(error: list[Broken]) -> Iterator[bytes]:
-    for e in error:
-        raise e
+    if error:
+        raise error[0]
     yield from ()
 
 
@@ -231,7 +230,7 @@ def _form(span: Span, layout: str) -> tuple[_Form, Iterator[bytes]]:
     size = SNIFF_BYTES
     while True:
         head, whole, start = _peek(start, size)
-        encoding = containers.encoding_of(head[:SNIFF_BYTES])
+        encoding = span.encoding or containers.encoding_of(head[:SNIFF_BYTES])
         data = b"".join(containers.utf8(iter([head]), encoding))
         form = None if layout in PLAIN else _json_form(data, whole)
         if not form or form.kind != "one line" or size >= TOO_LARGE:
@@ -239,12 +238,11 @@ def _form(span: Span, layout: str) -> tuple[_Form, Iterator[bytes]]:
         size *= 8
     large = not span.member and os.stat(span.path).st_size > TOO_LARGE
     text = data.decode("utf-8", "replace").replace("\ufeff", "")
+    form = form or _binary(head, text) or (_Form(layout) if layout in PLAIN else None)
     if not form:
-        form = _binary(head, text) or (_Form(layout) if layout in PLAIN else None)
-    if not form:
-        table = containers.table_of(text, whole)
+        table = tables.table_of(text, whole)
         form = _Form("csv" if table.quoted else "tsv", table=table) if table else _plain_form(text, whole, large)
-    cuttable = form.kind in ("json lines", "tsv", "lines") and encoding in ("utf-8", "gb18030")
+    cuttable = form.kind in ("json lines", "tsv", "lines") and not encoding.startswith(("utf-16", "utf-32"))
     return form._replace(cuttable=cuttable), containers.utf8(stream if span.part else start, encoding)
 
 
@@ -280,7 +278,7 @@ def _json_form(data: bytes, whole: bool) -> _Form | None:
         return None
     if array:
         return _Form("array", array.end())
-    if at := containers.wrapped_at(data):
+    if at := arrays.wrapped_at(data):
         return _Form("array", at, in_object=True)
     return _Form("object" if lines else "one line")
 
@@ -323,9 +321,6 @@ def _plain_form(text: str, whole: bool, large: bool) -> _Form:
     return _Form(if_large) if large else _Form("text", if_large=if_large)
 
 
-# ------------------------------------------------------------------------------------------- how it is read
-
-
 def _json_lines(stream: Iterator[bytes]) -> Iterator[Record | Bad]:
     # Only LF ends a line: U+2028 and the like occur inside strings of real corpora.
     loads = orjson.loads
@@ -342,7 +337,7 @@ def _json_lines(stream: Iterator[bytes]) -> Iterator[Record | Bad]:
             try:
                 value = loads(line)
             except orjson.JSONDecodeError as e:
-                yield Bad(containers.cause_of(e), number, f"{e.msg} (column {e.colno})")
+                yield Bad(arrays.cause_of(e), number, f"{e.msg} (column {e.colno})")
                 continue
         yield Record(value, number)
 
@@ -352,52 +347,53 @@ def _objects(stream: Iterator[bytes]) -> Iterator[Record | Bad]:
     items = iter(Array(stream, 0, bracketed=False))
     first = list(islice(items, 2))
     if len(first) == 1 and isinstance(first[0], Record):
-        yield from (Record(value, i) for i, value in enumerate(containers.records_in(first[0].value), 1))
+        yield from (Record(value, i) for i, value in enumerate(arrays.records_in(first[0].value), 1))
         return
     yield from first
     yield from items
 
 
 def _plain(stream: Iterator[bytes], kind: str, if_large: str) -> Iterator[Record | Bad]:
-    """The documents of a plain text."""
+    """The documents of a plain text; `if_large` is how it is cut if it is too large for one."""
     if kind == "text":
         data, whole, stream = _peek(stream, TOO_LARGE)
-        if whole:
-            yield from _document(data, 1)
-            return
-        if len(data) < TOO_LARGE or not if_large:
-            for _ in stream:  # raises Broken, if that is why the text isn't whole
+        if not whole and len(data) < TOO_LARGE:
+            for _ in stream:  # raises Broken, which is why it isn't whole
                 pass
-            yield containers.too_large(1)
+        if whole or not if_large:
+            yield from filter(None, [_document(data, 1) if whole else containers.too_large(1)])
             return
         kind = if_large
-    parts: list[bytes] = []  # of a paragraph
+    numbered: Iterator[tuple[int, bytes | None]]
+    numbered = enumerate(containers.lines(stream), 1) if kind == "lines" else _paragraphs(stream)
+    for number, document in numbered:
+        item = containers.too_large(number) if document is None else _document(document, number)
+        if item:
+            yield item
+
+
+def _paragraphs(stream: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """(first line, text) of what stands between blank lines; None for what is too large."""
+    parts: list[bytes] = []
     size = first = 0
     for number, line in enumerate(chain(containers.lines(stream), [b""]), 1):
-        if line is None:
-            yield containers.too_large(number)
-        elif kind == "lines":
-            yield from _document(line, number)
-        elif line.replace(_BOM, b"").replace(_WIDE_BLANK, b"").strip():
+        if line is None or line.replace(_BOM, b"").replace(_WIDE_BLANK, b"").strip():
             first = first or number
-            size += len(line)
-            if size <= TOO_LARGE or not parts:
-                parts.append(line)
-        elif parts:
-            yield from [containers.too_large(first)] if size > TOO_LARGE else _document(b"\n".join(parts), first)
+            size = TOO_LARGE + 1 if line is None else size + len(line) + 1
+            if size <= TOO_LARGE:
+                parts.append(line or b"")
+        elif first:
+            yield first, b"\n".join(parts) if size <= TOO_LARGE else None
             parts, size, first = [], 0, 0
 
 
-def _document(data: bytes, line: int) -> Iterator[Record | Bad]:
-    """A text as one record, or none if it is empty; `line` is its first."""
+def _document(data: bytes, line: int) -> Record | Bad | None:
+    """A text as a record, None if it is empty; `line` is its first."""
     try:
         text = data.decode()
     except UnicodeDecodeError as e:
-        yield Bad("bad_encoding", line + data.count(b"\n", 0, e.start), f"byte {e.start} of the text is damaged")
-        return
+        return Bad("bad_encoding", line + data.count(b"\n", 0, e.start), f"byte {e.start} of the text is damaged")
     if "\0" in text:
-        yield Bad("bad_encoding", line + text.count("\n", 0, text.index("\0")), "a NUL: this is no text")
-        return
+        return Bad("bad_encoding", line + text.count("\n", 0, text.index("\0")), "a NUL: this is no text")
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip(" \t\n")
-    if text:
-        yield Record(text, line)
+    return Record(text, line) if text else None

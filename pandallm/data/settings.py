@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ class Source(Config):
     name: str
     path: str  # a file, a folder whose files are all read, or a pattern such as corpora/*.jsonl.gz
     format: str = "auto"  # a name of sources.LAYOUTS or read.PLAIN
+    encoding: str = ""  # gb18030, big5 …, where it isn't told from the content
     instruction: str | list[str] = []  # replaces the corpus's fixed one; of several, one is drawn a record
     values: dict[str, str] = {}  # what the records' placeholders stand for: {name: 小熊} fills {{name}}
     min_score: float | None = None  # records with a lower quality score are dropped
@@ -45,6 +47,16 @@ class Source(Config):
         if value not in known:
             raise ValueError(f"not one of {', '.join(known)}")
         return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            name = codecs.lookup(value).name if value else ""
+            "字".encode(name or "utf-8")
+        except (LookupError, UnicodeError):
+            raise ValueError("not an encoding of Chinese text: utf-8, gb18030, big5, utf-16 …") from None
+        return {"utf-8-sig": "utf-8", "gb2312": "gb18030", "gbk": "gb18030"}.get(name, name)
 
     @model_validator(mode="after")
     def _one_amount(self) -> Source:

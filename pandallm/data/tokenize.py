@@ -32,7 +32,11 @@ BATCH_CHARS = 1 << 17
 SHOWN = 5  # dropped records kept as samples, of a part and cause
 SAMPLE_CHARS = 300
 HITS = 1000  # records of a part that are listed as touching evaluation items
-PART_BYTES = 64 << 20  # small files make a part together until it is this large, larger ones are cut: work for many
+PART_BYTES = (
+    4 << 20,
+    64 << 20,
+)  # of corpora, at least and at most: small files make a part together, large ones are cut
+PARTS = 64  # of a source, between these bounds: work for many processes, little to do again after a kill
 KINDS = ("tokens", "mask", "documents", "records")
 
 
@@ -66,20 +70,25 @@ class Job:
     def fingerprint(self) -> str:
         made_from = {k: v for k, v in vars(self).items() if k != "out"}
         made_from |= {
-            "spans": [(s.name, s.start, s.end, *files.stamp(Path(s.path))) for s in self.spans],
+            "spans": [(s.name, s.start, s.end, s.encoding, *files.stamp(Path(s.path))) for s in self.spans],
             "reading": vars(self.reading),
             "clean": self.clean.model_dump(),
         }
         return files.hash_json([shards.FORMAT, made_from])
 
 
-def groups(spans: Iterator[read.Span]) -> Iterator[tuple[read.Span, ...]]:
-    """The spans of a source, in order, by PART_BYTES; a larger one stands alone."""
+def part_bytes(size: int) -> int:
+    """How much of a source of `size` bytes makes a part. Workers have no say: the result must not depend on them."""
+    return min(max(size // PARTS, PART_BYTES[0]), PART_BYTES[1])
+
+
+def groups(spans: Iterator[read.Span], limit: int) -> Iterator[tuple[read.Span, ...]]:
+    """The spans of a source, in order, by `limit` bytes; a larger one stands alone."""
     group: list[read.Span] = []
     size = 0
     for span in spans:
         size += span.size
-        if group and size > PART_BYTES:
+        if group and size > limit:
             yield tuple(group)
             group, size = [], span.size
         group.append(span)
