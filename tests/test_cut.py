@@ -32,7 +32,7 @@ def tok() -> Any:
 
 def pieces(tok: Any, example: prompt.Example, seq_len: int) -> tuple[list[prompt.Rendered], Counter[str]]:
     notes: Counter[str] = Counter()
-    (mine,) = cut.pieces(tok, [example], seq_len, notes)
+    (mine,) = cut.Cutter(tok, seq_len, notes)([example])
     return mine, +notes
 
 
@@ -122,6 +122,15 @@ def test_a_long_answer_loses_its_end_a_long_question_is_dropped(tok: Any) -> Non
 
 def test_order(tok: Any) -> None:
     examples = [Text("甲" * 100), talk("问", "答"), Text("乙"), talk("长" * 300, "答"), Text("")]
-    together = cut.pieces(tok, examples, 64, Counter())
-    assert together == [cut.pieces(tok, [example], 64, Counter())[0] for example in examples]
+    together = cut.Cutter(tok, 64, Counter())(examples)
+    assert together == [cut.Cutter(tok, 64, Counter())([example])[0] for example in examples]
     assert [len(some) for some in together] == [len(together[0]), 1, 1, 0, 0] and len(together[0]) > 1
+
+
+@pytest.mark.parametrize("guess", [True, False])
+def test_the_guess_that_a_text_is_long_changes_nothing(tok: Any, guess: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(3)
+    texts = [Text("".join(rng.choices(SENTENCES, k=rng.randint(1, 60)))) for _ in range(40)]
+    wanted = cut.Cutter(tok, 200, Counter())(texts)
+    monkeypatch.setattr(cut.Cutter, "_is_long", lambda self, example: guess)
+    assert cut.Cutter(tok, 200, Counter())(texts) == wanted

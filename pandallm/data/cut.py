@@ -17,29 +17,41 @@ _SENTENCE_END = re.compile(r"(?:[。！？!?…；;]|(?<![0-9])\.(?=\s))[”’�
 _CLAUSE_END = re.compile(r"[，、：,:—]")
 
 
-def pieces(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], seq_len: int, notes: Counter[str]
-) -> list[list[Rendered]]:
-    """The pieces of each example, in order; none where nothing trained would be left. What was cut is noted."""
-    rendered = iter(prompt.render(tokenizer, [e for e in examples if not _is_long(e, seq_len)]))
-    done: list[list[Rendered]] = []
-    for example in examples:
-        whole = None if _is_long(example, seq_len) else next(rendered)
-        if whole and len(whole.input_ids) <= seq_len:
-            mine = [whole]
-        elif isinstance(example, Text):
-            parts = prompt.render(tokenizer, [Text(block) for block in _blocks(example.text)], offsets=True)
-            mine = list(_cut_text(tokenizer, parts, seq_len))
-            notes["texts_cut_up"] += len(mine) > 1
-        else:
-            mine = list(_cut_dialogue(tokenizer, example, seq_len, notes))
-        done.append([piece for piece in mine if piece.trained])
-    return done
+class Cutter:
+    """Renders examples and cuts them up. What was cut is counted in `notes`."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int, notes: Counter[str]) -> None:
+        self.tokenizer, self.seq_len, self.notes = tokenizer, seq_len, notes
+        self._chars, self._tokens = 1, 1  # of the texts so far
 
-def _is_long(example: Example, seq_len: int) -> bool:
-    """Whether a text will most likely be cut: the places of its tokens, which cost time, are wanted at once."""
-    return isinstance(example, Text) and len(example.text) > seq_len
+    def __call__(self, examples: Sequence[Example]) -> list[list[Rendered]]:
+        """The pieces of each example, in order; none where nothing trained would be left."""
+        long = [self._is_long(example) for example in examples]
+        usual = [example for example, is_long in zip(examples, long, strict=True) if not is_long]
+        rendered = iter(prompt.render(self.tokenizer, usual))
+        done: list[list[Rendered]] = []
+        for example, is_long in zip(examples, long, strict=True):
+            whole = None if is_long else next(rendered)
+            if whole and len(whole.input_ids) <= self.seq_len:
+                mine = [whole]
+            elif isinstance(example, Text):
+                blocks = [Text(block) for block in _blocks(example.text)]
+                mine = list(
+                    _cut_text(self.tokenizer, prompt.render(self.tokenizer, blocks, offsets=True), self.seq_len)
+                )
+                self.notes["texts_cut_up"] += len(mine) > 1
+            else:
+                mine = list(_cut_dialogue(self.tokenizer, example, self.seq_len, self.notes))
+            if isinstance(example, Text):
+                self._chars += len(example.text)
+                self._tokens += sum(len(piece.input_ids) for piece in mine)
+            done.append([piece for piece in mine if piece.trained])
+        return done
+
+    def _is_long(self, example: Example) -> bool:
+        """Whether a text will most likely be cut, as far as the texts so far can tell: the places of its tokens, which
+        cost time, are wanted at once. The result is the same either way."""
+        return isinstance(example, Text) and len(example.text) * self._tokens > 0.9 * self.seq_len * self._chars
 
 
 def _blocks(text: str) -> Iterator[str]:
