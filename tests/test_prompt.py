@@ -357,3 +357,14 @@ def test_what_is_trained_is_found_by_special_tokens_where_they_enclose_it(monkey
         marks = tuple(sorted((k, str(v)) for k, v in tok.special_tokens_map.items()))
         skeleton = prompt._skeleton(tok, tok.chat_template, marks, roles)
         assert (skeleton.enclosed is not None) == (chat_format in ("chatml", "llama3")), (name, chat_format)
+
+
+@pytest.mark.parametrize(("name", "chat_format"), PAIRS)
+def test_a_saved_tokenizer_is_loaded_without_torch_and_is_the_same(name: str, chat_format: str, tmp_path: Path) -> None:
+    """What the workers of data preparation load; whatever class it was."""
+    tok = make(name, chat_format)
+    tok.save_pretrained(str(tmp_path))
+    again = tokenizer.reload(tmp_path)
+    assert tokenizer.fingerprint(again) == tokenizer.fingerprint(tok)
+    examples = [*TALKS, *(Text(text) for text in EDGES)]
+    assert prompt.render(again, examples) == prompt.render(tok, examples)

@@ -141,3 +141,21 @@ def test_a_bad_source_stops_the_run_before_the_next(conf: Path, tmp_path: Path, 
     assert before and not (tmp_path / "out" / "manifest.json").exists()
     prepare.run(str(write_yaml("c.yaml", sources=[wiki, news], **keys)), [])
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "parts").glob("wiki*")}
+
+
+def test_a_bad_source_stops_early(tmp_path: Path, write_yaml: WriteYaml, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the bad records of its first parts are too many for the whole, the rest isn't read; before that, it is."""
+    monkeypatch.setattr(tokenize, "PART_BYTES", (1000, 1000))
+    good, bad = '{"text": "好好学习，天天向上"}\n', '{"text": 7}\n'
+    read: list[str] = []
+    run = tokenize.run
+    monkeypatch.setattr(tokenize, "run", lambda job: (read.append(job.name), run(job))[1])
+    keys = {"tokenizer": "tiny", "seq_len": 64, "workers": 1, "max_bad": 0.05, "out": str(tmp_path / "out")}
+    path = tmp_path / "c.jsonl"
+    conf = write_yaml("c.yaml", sources=[{"name": "c", "path": str(path)}], **keys)
+    path.write_text(bad * 200 + good * 500, encoding="utf-8")
+    with pytest.raises(UserError, match=r"c.jsonl:1: bad_record: .* of \d+ records of c are bad; max_bad is 0.05"):
+        prepare.run(str(conf), [])
+    assert len(read) < 4
+    path.write_text(bad * 10 + good * 500, encoding="utf-8")  # a fifth of the first part, 2 % of the whole
+    assert prepare.run(str(conf), ["dedup.exact=false"])["sources"][0]["dropped"] == {"bad_record": 10}

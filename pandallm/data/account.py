@@ -55,18 +55,23 @@ class Places:
 
 
 def check_source(conf: PrepareConfig, jobs: list[Job], done: list[PartCounts]) -> None:
-    """After the last part of a source: UserError when more of it than `max_bad` could not be read."""
+    """After each part: UserError when more of its source than `max_bad` could not be read, or can't have been by the
+    end, at so many records a byte as so far."""
     name = jobs[len(done) - 1].source
-    if len(done) < len(jobs) and jobs[len(done)].source == name:
+    last = len(done) == len(jobs) or jobs[len(done)].source != name
+    if not last and not any(done[-1]["dropped"].get(cause) for cause in sources.BAD):
         return
-    mine = [(job, d) for job, d in zip(jobs, done, strict=False) if job.source == name]
-    read = sum(d["read"] for _, d in mine)
-    bad = sum(d["dropped"].get(cause, 0) for _, d in mine for cause in sources.BAD)
-    fatal = conf.max_bad < 1 and any(d["dropped"].get(cause) for _, d in mine for cause in FATAL)
-    if not bad or not (fatal or bad > conf.max_bad * read):
+    sizes = [sum(span.size for span in job.spans) for job in jobs]
+    mine = [i for i, job in enumerate(jobs) if job.source == name]
+    finished = [i for i in mine if i < len(done)]
+    read = sum(done[i]["read"] for i in finished)
+    bad = sum(done[i]["dropped"].get(cause, 0) for i in finished for cause in sources.BAD)
+    fatal = conf.max_bad < 1 and any(done[i]["dropped"].get(cause) for i in finished for cause in FATAL)
+    expected = read * sum(sizes[i] for i in mine) / max(1, sum(sizes[i] for i in finished))
+    if not bad or not (fatal or bad > conf.max_bad * expected):
         return
     causes, places = FATAL if fatal else sources.BAD, Places(jobs, done)
-    job, first = next((job, s) for job, d in mine for s in d["samples"] if s["cause"] in causes)
+    job, first = next((jobs[i], s) for i in finished for s in done[i]["samples"] if s["cause"] in causes)
     place = places.sample(job.name, first)
     raise UserError(
         f"{place['file']}:{place['line']}: {first['cause']}: {' '.join(place['text'].split())[:200]}"

@@ -86,9 +86,14 @@ def _cluster(address: str, jobs: list[Job]) -> Iterator[Iterator[Counts]]:
             f"--ray {address}: no cluster there ({str(e).splitlines()[0]}); start one: ray start --head"
         ) from None
     env = {"TOKENIZERS_PARALLELISM": "false"}
-    work = ray.remote(num_cpus=1, max_retries=3, runtime_env={"env_vars": env})(tokenize.run)
+    work = ray.remote(num_cpus=1, max_retries=3, runtime_env={"env_vars": env})(_run_in)
     try:
-        tasks = [work.remote(job) for job in jobs]
+        tasks = [work.remote(os.getcwd(), job) for job in jobs]
         yield (ray.get(task) for task in tasks)
     finally:
         ray.shutdown()  # ends the tasks too
+
+
+def _run_in(folder: str, job: Job) -> Counts:
+    os.chdir(folder)  # relative paths mean what they mean here
+    return tokenize.run(job)
