@@ -522,6 +522,15 @@ def test_too_many_bad_records(
         ({"path": "good", "weight": 0.5, "epochs": 1}, {}, "sources.0: give epochs or weight, not both"),
         ({"path": "good", "epochs": float("inf")}, {}, "sources.0.epochs: Input should be a finite number"),
         ({"path": "good", "weight": 0}, {}, "sources.0.weight: Input should be greater than 0"),
+        ({"path": "good", "encoding": "latin-1"}, {}, "sources.0.encoding: not an encoding of Chinese text"),
+        ({"path": "good", "encoding": "gbq"}, {}, "sources.0.encoding: not an encoding of Chinese text"),
+        ({"path": "good", "by": "task"}, {}, "sources.0: by and cap say how a sample is drawn: give sample too"),
+        ({"path": "good", "sample": 5, "cap": 3}, {}, "sources.0: cap limits the groups of by: give by too"),
+        ({"path": "*.csv"}, {}, "source own: *.csv: no file has a name like that"),
+        ({"path": "good"}, {"clean": {"preset": "strong"}}, "clean.preset: Input should be 'off', 'light' or 'web'"),
+        ({"path": "good"}, {"clean": {"script": "s2x"}}, "clean.script: Input should be 'keep', 't2s'"),
+        ({"path": "good"}, {"decontaminate": ["none.json"]}, "decontaminate: none.json: no such file or folder"),
+        ({"path": "good"}, {"decontaminate": ["blank"]}, "decontaminate: blank: holds no evaluation items"),
     ],
 )
 def test_mistakes(
