@@ -141,7 +141,7 @@ def run(job: Job) -> dict[str, Any]:
     done = {
         "fingerprint": fingerprint,
         "read": part.read,
-        "lines": [read.lines_in(span) if span.start or span.end else 0 for span in job.spans],
+        "lines": [read.lines_in(span) if span.part else 0 for span in job.spans],
         "dropped": dict(sorted(part.dropped.items())),
         "notes": {note: n for note, n in sorted(part.notes.items()) if n},
         "samples": part.samples,
