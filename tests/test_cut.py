@@ -32,7 +32,7 @@ def tok() -> Any:
 
 def pieces(tok: Any, example: prompt.Example, seq_len: int) -> tuple[list[prompt.Rendered], Counter[str]]:
     notes: Counter[str] = Counter()
-    (mine,) = cut.Cutter(tok, seq_len, notes)([example])
+    (mine,) = cut.pieces(tok, [example], seq_len, notes)
     return mine, +notes
 
 
@@ -122,15 +122,39 @@ def test_a_long_answer_loses_its_end_a_long_question_is_dropped(tok: Any) -> Non
 
 def test_order(tok: Any) -> None:
     examples = [Text("甲" * 100), talk("问", "答"), Text("乙"), talk("长" * 300, "答"), Text("")]
-    together = cut.Cutter(tok, 64, Counter())(examples)
-    assert together == [cut.Cutter(tok, 64, Counter())([example])[0] for example in examples]
+    together = cut.pieces(tok, examples, 64, Counter())
+    assert together == [cut.pieces(tok, [example], 64, Counter())[0] for example in examples]
     assert [len(some) for some in together] == [len(together[0]), 1, 1, 0, 0] and len(together[0]) > 1
 
 
-@pytest.mark.parametrize("guess", [True, False])
-def test_the_guess_that_a_text_is_long_changes_nothing(tok: Any, guess: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(3)
-    texts = [Text("".join(rng.choices(SENTENCES, k=rng.randint(1, 60)))) for _ in range(40)]
-    wanted = cut.Cutter(tok, 200, Counter())(texts)
-    monkeypatch.setattr(cut.Cutter, "_is_long", lambda self, example: guess)
-    assert cut.Cutter(tok, 200, Counter())(texts) == wanted
+def test_a_sentence_end_without_a_token_of_its_own_is_found_too(tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in vocabularies that hold no Chinese punctuation: by the places of the tokens."""
+    text = "".join(random.Random(5).choices(SENTENCES, k=200))
+    usual, _ = pieces(tok, Text(text), 400)
+    nothing: frozenset[int] = frozenset()
+    monkeypatch.setattr(cut, "_sentence_marks", lambda tokenizer: cut._Marks(nothing, nothing, nothing, nothing))
+    placed, _ = pieces(tok, Text(text), 400)
+    for mine in (usual, placed):
+        assert len(mine) > 2 and all(
+            tok.decode(piece.input_ids).rstrip(" ")[-1] in "。！？…\n.”" for piece in mine[:-1]
+        )
+    assert [i for piece in placed for i in piece.input_ids] == [i for piece in usual for i in piece.input_ids]
+
+
+def test_tokens_that_end_a_sentence(tok: Any) -> None:
+    marks = cut._sentence_marks(tok)
+    vocabulary = {tok.decode([i]): i for i in range(len(tok))}
+    assert {vocabulary["。"], vocabulary["\n"]} <= marks.ending and vocabulary["，"] not in marks.ending
+    assert vocabulary[")"] in marks.closing and vocabulary['"'] not in marks.ending
+    assert vocabulary["."] in marks.period - marks.ending and vocabulary[" "] in marks.spaced
+    assert tok.eos_token_id not in marks.ending | marks.closing
+
+
+def test_english_ends_at_full_stops_and_is_not_encoded_twice(tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "The price is 3.5 yuan. Mr Li said so, and he knows. " * 40
+    calls: list[bool] = []
+    render = prompt.render
+    monkeypatch.setattr(prompt, "render", lambda t, e, offsets=False: (calls.append(offsets), render(t, e, offsets))[1])
+    mine, _ = pieces(tok, Text(text), 256)
+    assert len(mine) > 2 and all(tok.decode(piece.input_ids).endswith(".") for piece in mine[:-1])
+    assert not any(calls)

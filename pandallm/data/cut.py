@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,49 +15,34 @@ from pandallm.prompt import Dialogue, Example, Rendered, Text
 
 LOOK_BACK = 8  # an end is looked for in the last 1/8 of a row: whole sentences cost at most that much of it
 BLOCK_CHARS = 1 << 17  # longer texts are encoded in blocks: a tokenizer needs a hundred times a text's size
-_SENTENCE_END = re.compile(r"(?:[。！？!?…；;]|(?<![0-9])\.(?=\s))[”’」』）)\"']*|\n")
+_CLOSING = "”’」』）)\"'"
+_SENTENCE_END = re.compile(rf"(?:[。！？!?…；;]|(?<![0-9])\.(?=\s))[{_CLOSING}]*|\n")
 _CLAUSE_END = re.compile(r"[，、：,:—]")
 
 
-class Cutter:
-    """Renders examples and cuts them up. What was cut is counted in `notes`."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int, notes: Counter[str]) -> None:
-        self.tokenizer, self.seq_len, self.notes = tokenizer, seq_len, notes
-        self._chars, self._tokens = 1, 1  # of the texts so far
-
-    def __call__(self, examples: Sequence[Example]) -> list[list[Rendered]]:
-        """The pieces of each example, in order; none where nothing trained would be left."""
-        long = [self._is_long(example) for example in examples]
-        usual = [example for example, is_long in zip(examples, long, strict=True) if not is_long]
-        rendered = iter(prompt.render(self.tokenizer, usual))
-        done: list[list[Rendered]] = []
-        for example, is_long in zip(examples, long, strict=True):
-            whole = None if is_long else next(rendered)
-            if whole and len(whole.input_ids) <= self.seq_len:
-                mine = [whole]
-            elif isinstance(example, Text):
-                blocks = [Text(block) for block in _blocks(example.text)]
-                mine = list(
-                    _cut_text(self.tokenizer, prompt.render(self.tokenizer, blocks, offsets=True), self.seq_len)
-                )
-                self.notes["texts_cut_up"] += len(mine) > 1
-            else:
-                mine = list(_cut_dialogue(self.tokenizer, example, self.seq_len, self.notes))
-            if isinstance(example, Text):
-                self._chars += len(example.text)
-                self._tokens += sum(len(piece.input_ids) for piece in mine)
-            done.append([piece for piece in mine if piece.trained])
-        return done
-
-    def _is_long(self, example: Example) -> bool:
-        """Whether a text will most likely be cut, as far as the texts so far can tell: the places of its tokens, which
-        cost time, are wanted at once. The result is the same either way."""
-        return isinstance(example, Text) and len(example.text) * self._tokens > 0.9 * self.seq_len * self._chars
+def pieces(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], seq_len: int, notes: Counter[str]
+) -> list[list[Rendered]]:
+    """The pieces of each example, in order; none where nothing trained would be left. What was cut is noted."""
+    usual = [e for e in examples if isinstance(e, Dialogue) or len(e.text) <= BLOCK_CHARS]
+    rendered = iter(prompt.render(tokenizer, usual))
+    done: list[list[Rendered]] = []
+    for example in examples:
+        if isinstance(example, Dialogue):
+            whole = next(rendered)
+            fits = len(whole.input_ids) <= seq_len
+            mine = [whole] if fits else list(_cut_dialogue(tokenizer, example, seq_len, notes))
+        else:
+            blocks = list(_blocks(example.text))
+            parts = prompt.render(tokenizer, [Text(b) for b in blocks]) if len(blocks) > 1 else [next(rendered)]
+            mine = list(_cut_text(tokenizer, blocks, parts, seq_len))
+            notes["texts_cut_up"] += len(mine) > 1
+        done.append([piece for piece in mine if piece.trained])
+    return done
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """Pieces of a very long text that end at a sentence's end where there is one."""
+    """A text, or pieces of a very long one that end at a sentence's end where there is one."""
     at = 0
     while len(text) - at > BLOCK_CHARS:
         ends = [m.end() for m in _SENTENCE_END.finditer(text, at + BLOCK_CHARS // 2, at + BLOCK_CHARS)]
@@ -65,16 +52,18 @@ def _blocks(text: str) -> Iterator[str]:
     yield text[at:]
 
 
-def _cut_text(tokenizer: PreTrainedTokenizerBase, parts: list[Rendered], seq_len: int) -> Iterator[Rendered]:
-    """Pieces of a text that was encoded in `parts`. Only the first opens with bos, only the last closes with eos."""
-    for number, part in enumerate(parts):
+def _cut_text(
+    tokenizer: PreTrainedTokenizerBase, blocks: list[str], parts: list[Rendered], seq_len: int
+) -> Iterator[Rendered]:
+    """Pieces of a text that was rendered in blocks. Only the first opens with bos, only the last closes with eos."""
+    for number, (block, part) in enumerate(zip(blocks, parts, strict=True)):
         ids = part.input_ids
         start = int(number > 0 and ids[:1] == [tokenizer.bos_token_id])
         stop = len(ids) - int(number < len(parts) - 1 and ids[-1] == tokenizer.eos_token_id)
         while stop - start > seq_len:
-            end = _end(part, start, start + seq_len)
+            end = _end(tokenizer, block, ids, start, start + seq_len)
             if stop - end == 1:
-                end = _end(part, start, end - 1)  # a piece of one token would train nothing
+                end = _end(tokenizer, block, ids, start, end - 1)  # a piece of one token would train nothing
             yield _piece(ids, start, end)
             start = end
         yield _piece(ids, start, stop)
@@ -84,28 +73,61 @@ def _piece(ids: list[int], start: int, end: int) -> Rendered:
     return Rendered(ids[start:end], [(1, end - start)] if end - start > 1 else [])
 
 
-def _end(rendered: Rendered, start: int, limit: int) -> int:
-    """The token at or before `limit` where a piece that begins at `start` ends best: behind a sentence, else behind a
-    clause, else anywhere but inside a character."""
-    text, encoding = rendered.text, rendered.encoding
+def _end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], start: int, limit: int) -> int:
+    """The token at or before `limit` where a piece of `text` that begins at `start` ends best: behind a token that ends
+    a sentence; where there is none, behind a sentence's end that has no token of its own, or a clause's, or anywhere
+    but inside a character."""
+    lowest = max(start + 1, limit - max(8, (limit - start) // LOOK_BACK))
+    marks = _sentence_marks(tokenizer)
+    for token in range(limit, lowest, -1):
+        last, following = ids[token - 1], ids[token]
+        if (last in marks.ending and following not in marks.closing) or (
+            last in marks.period and following in marks.spaced
+        ):
+            return token
+    (placed,) = prompt.render(tokenizer, [Text(text)], offsets=True)  # the places of tokens cost time: only now
     clause = border = 0
-    for token in range(limit, max(start + 1, limit - max(8, (limit - start) // LOOK_BACK)), -1):
-        before, after = encoding.token_to_chars(token - 1), encoding.token_to_chars(token)
+    for token in range(limit, lowest, -1):
+        before, after = placed.encoding.token_to_chars(token - 1), placed.encoding.token_to_chars(token)
         if before is None or (after is not None and after[0] < before[1]):
             continue  # bos, or inside a character of several tokens
         here = before[1]
         border = border or token
-        if _ends_sentence(text, here):
+        if _ends_sentence(placed.text, here):
             return token
-        if not clause and _CLAUSE_END.match(text, here - 1):
+        if not clause and _CLAUSE_END.match(placed.text, here - 1):
             clause = token
     return clause or border or limit
+
+
+class _Marks(NamedTuple):
+    """Tokens by which a sentence's end is told."""
+
+    ending: frozenset[int]  # end a sentence by themselves
+    closing: frozenset[int]  # begin with a closing mark, which belongs to the sentence before
+    period: frozenset[int]  # end in a full stop, which may stand in a number
+    spaced: frozenset[int]  # begin with a blank
+
+
+@lru_cache(maxsize=2)
+def _sentence_marks(tokenizer: PreTrainedTokenizerBase) -> _Marks:
+    backend = tokenizer.backend_tokenizer
+    numbers = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder))
+    texts = dict(zip(numbers, backend.decode_batch([[number] for number in numbers]), strict=True))
+    bare = {i: text.rstrip(_CLOSING) for i, text in texts.items() if "\ufffd" not in text}
+    return _Marks(
+        ending=frozenset(i for i, text in bare.items() if text and text[-1] in "。！？!?…；;\n"),
+        closing=frozenset(i for i, text in texts.items() if text and text[0] in _CLOSING),
+        period=frozenset(i for i, text in bare.items() if text.endswith(".")),
+        # Byte-level and SentencePiece vocabularies write a blank as Ġ and ▁, which decoding alone may drop.
+        spaced=frozenset(i for i in numbers if (backend.id_to_token(i) or "")[:1] in ("Ġ", "▁", " ", "Ċ")),
+    )
 
 
 def _ends_sentence(text: str, place: int) -> bool:
     """Whether a sentence ends just before character `place`, its closing quotes and brackets included."""
     first = place - 1
-    while first > 0 and place - first < 4 and text[first] in "”’」』）)\"'":
+    while first > 0 and place - first < 4 and text[first] in _CLOSING:
         first -= 1
     found = _SENTENCE_END.match(text, first)
     return bool(found and found.end() == place)

@@ -22,9 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pandallm import files
 from pandallm import tokenizer as tokenizers
-from pandallm.data import dedup, ngrams, read, shards, sources
+from pandallm.data import cut, dedup, ngrams, read, shards, sources
 from pandallm.data.clean import Clean, Cleaner
-from pandallm.data.cut import Cutter
 from pandallm.data.decontaminate import Items
 from pandallm.prompt import Example, Rendered, Text
 
@@ -214,7 +213,6 @@ class _Part:
         self.notes: Counter[str] = Counter()  # what was changed, not dropped
         self.samples: list[dict[str, Any]] = []
         self.hits: list[dict[str, Any]] = []
-        self._cut = Cutter(self.tokenizer, job.seq_len, self.notes)
         self._dtype = shards.token_dtype(job.vocab_size)
         self._tokens = self._records = 0  # written so far
 
@@ -236,7 +234,7 @@ class _Part:
                 sketches = dedup.sketches(units, len(batch))[stays]
             batch = [record for record, stay in zip(batch, stays, strict=True) if stay]
         examples = [example for record in batch for example in record.examples]
-        pieces = iter(self._cut(examples))
+        pieces = iter(cut.pieces(self.tokenizer, examples, self.job.seq_len, self.notes))
         fitting = [self._fitting(record, pieces) for record in batch]
         self._write(batch, fitting)
         if sketches is not None:
