@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -79,9 +80,12 @@ def _cluster(address: str, jobs: list[Job]) -> Iterator[Iterator[Counts]]:
         import ray
     except ImportError:
         raise UserError("--ray: Ray is not installed; pip install 'pandallm[ray]'") from None
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
         ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError) as e:
         raise UserError(
             f"--ray {address}: no cluster there ({str(e).splitlines()[0]}); start one: ray start --head"
         ) from None
