@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -233,6 +234,8 @@ def demo_report(runs: Path) -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit 2; ours is a traceback."""
+    # The deepspeed launcher adds an option that the environment holds already.
+    sys.argv = [argument for argument in sys.argv if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
     try:
         app()
     except UserError as e:

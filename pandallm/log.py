@@ -60,12 +60,13 @@ class Metrics:
     """metrics.jsonl: a line a step, whole lines only; opening it for a resume drops what came after that step."""
 
     def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= last_step]
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

@@ -22,6 +22,7 @@ from pandallm.data.shards import Shards
 from pandallm.model import attention, load
 from pandallm.train import run as train
 from pandallm.train.objectives import CausalLM, HeadLoss
+from pandallm.train.settings import TrainConfig
 
 SHAPE = {
     "hidden_size": 32,
@@ -268,5 +269,5 @@ def test_an_epoch_sees_each_row_once(demo_shards: Path) -> None:
 def test_activation_checkpointing_is_on(how: str, flags: list[int]) -> None:
     """Its result equals that without it, so that it works at all has to be asked apart."""
     model = load.load(load.resolve("tiny"), torch.float32)
-    train._checkpoint_activations(model, how)
+    train._prepare(model, TrainConfig(model="tiny", data="", out="", max_steps=1, activation_checkpointing=how))
     assert [int(layer.gradient_checkpointing) for layer in model.model.layers] == flags

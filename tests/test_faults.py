@@ -14,10 +14,10 @@ from conftest import WriteYaml
 from safetensors.torch import load_file, save_file
 from test_equalities import config, metrics
 
-from pandallm import log
+from pandallm import files, log
 from pandallm.config import UserError
 from pandallm.model import checkpoint, load
-from pandallm.train import loop
+from pandallm.train import faults, loop
 from pandallm.train import run as train
 
 
@@ -122,7 +122,7 @@ def test_foreign_folder_is_refused(demo_shards: Path, tmp_path: Path, write_yaml
 
 
 def damage(folder: Path, how: str) -> None:
-    target = folder / "optimizer.safetensors"
+    target = folder / "state-00000.safetensors"
     if how == "truncated":
         with open(target, "r+b") as f:
             f.truncate(target.stat().st_size // 2)
@@ -166,9 +166,16 @@ def test_non_finite_loss_names_step_and_rows(demo_shards: Path, tmp_path: Path, 
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(loop.NonFinite, match=r"step 1: the loss is nan; its rows: \[\d+"):
-        train.run(config(write_yaml, demo_shards, tmp_path / "run", model=str(folder)), [])
-    assert not (tmp_path / "run" / "model").exists()
+    out = tmp_path / "run"
+    for _ in range(2):  # the same command replays the step
+        with pytest.raises(UserError, match=r"step 1: the loss is nan; its rows: \[\d+"):
+            train.run(config(write_yaml, demo_shards, out, model=str(folder)), [])
+        assert checkpoint.steps(out) == [0]
+        report = files.read_json(out / faults.REPORT)
+        assert report["step"] == 1 and report["losses of rank 0's micro batches"] == ["nan"]
+        documents = report["rows and their documents (source, file:line)"]
+        assert len(documents) == 4 and all(":" in place for places in documents.values() for place in places)
+    assert not (out / "model").exists()
 
 
 def test_keep_last(demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml) -> None:
@@ -189,7 +196,9 @@ def test_from_scratch(demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml) 
 def test_run_leaves_what_it_promises(demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml) -> None:
     out = tmp_path / "run"
     record = train.run(config(write_yaml, demo_shards, out, max_steps=3), [])
-    assert {p.name for p in out.iterdir()} == {"loss.png", "metrics.jsonl", "model", "run.json", "tensorboard"}
+    assert {p.name for p in out.iterdir()} == {
+        *("heldout.jsonl", "loss.png", "metrics.jsonl", "model", "run.html", "run.json", "tensorboard")
+    }
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert record["versions"]["torch"] and record["settings"]["data_hash"]
     for line in log.read_metrics(out / "metrics.jsonl"):

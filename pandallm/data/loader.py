@@ -5,8 +5,11 @@ T = tokens of a micro batch, N = those of them that are trained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,18 +25,27 @@ class Batch:
     input_ids: torch.Tensor  # [1, T]
     position_ids: torch.Tensor  # [1, T], from 0 in every document
     cu_seqlens: list[int]  # borders of the documents: [0, …, T]
+    borders: torch.Tensor  # [documents + 1], the same as int32
+    longest: int  # no document is longer; one of few values, so that a compiled model isn't compiled again
     trained_at: torch.Tensor  # [N] positions whose next token is trained
     targets: torch.Tensor  # [N] those next tokens
     rows: list[int]
 
     def to(self, device: torch.device) -> Batch:
-        ids, positions, at, targets = (
-            t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.trained_at, self.targets)
-        )
-        return Batch(ids, positions, self.cu_seqlens, at, targets, self.rows)
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            name: value.pin_memory().to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
-def collate(documents: list[tuple[NDArray[np.int64], NDArray[np.bool_]]], rows: list[int]) -> Batch:
+Document = tuple[NDArray[np.int64], NDArray[np.bool_]]  # input_ids [L], loss_mask [L]
+
+
+def collate(documents: list[Document], rows: list[int]) -> Batch:
     """Lays documents (input_ids [L], loss_mask [L]) end to end. The token before a trained one is where it's learnt."""
     lengths = [len(ids) for ids, _ in documents]
     at, targets, start = [], [], 0
@@ -42,14 +54,26 @@ def collate(documents: list[tuple[NDArray[np.int64], NDArray[np.bool_]]], rows: 
         at.append(trained + start)
         targets.append(ids[1:][trained])
         start += len(ids)
+    cu_seqlens = [0, *np.cumsum(lengths).tolist()]
     return Batch(
         input_ids=torch.from_numpy(np.concatenate([ids for ids, _ in documents]))[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
-        cu_seqlens=[0, *np.cumsum(lengths).tolist()],
+        cu_seqlens=cu_seqlens,
+        borders=torch.tensor(cu_seqlens, dtype=torch.int32),
+        longest=-(-max(lengths) // 512) * 512,
         trained_at=torch.from_numpy(np.concatenate(at)),
         targets=torch.from_numpy(np.concatenate(targets)),
         rows=rows,
     )
+
+
+class Step(NamedTuple):
+    """What a rank needs for a step."""
+
+    number: int  # from 1
+    rows: list[int]  # of all ranks
+    tokens: int  # trained, of all ranks
+    batches: list[Batch]  # this rank's
 
 
 class Loader:
@@ -97,3 +121,22 @@ class Loader:
                 documents = [(ids, np.zeros_like(mask)) for ids, mask in documents[:1]]
             batches.append(collate(documents, mine))
         return batches
+
+    def steps_from(self, first: int, last: int, last_row: int | None) -> Iterator[Step]:
+        """Steps first … last; each is read while the one before it runs.
+
+        Raises ValueError where a step has nothing to train.
+        """
+        with ThreadPoolExecutor(1, "loader") as reader:
+            coming = reader.submit(self._step, first, last_row)
+            for number in range(first, last + 1):
+                step = coming.result()
+                if number < last:
+                    coming = reader.submit(self._step, number + 1, last_row)
+                if not step.tokens:
+                    raise ValueError(f"step {number}: none of the tokens of rows {step.rows} is trained")
+                yield step
+
+    def _step(self, number: int, last_row: int | None) -> Step:
+        rows = self.rows_of(number, last_row)
+        return Step(number, rows, self.trained_tokens(rows), self.micro_batches(rows))

@@ -5,6 +5,7 @@ B = 1 (rows lie end to end), H = query heads, K = key/value heads, T = tokens, D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -26,14 +27,59 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seqlens: list[int] | None = None,
+    borders: torch.Tensor | None = None,
+    longest: int = 0,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document: one call a document, so no T x T mask and no work across borders.
+    """Causal attention within each document: no T x T mask, and no work across borders. Returns ([1, T, H, D], None).
 
-    `cu_seqlens` [documents + 1] are the borders in T. Returns ([1, T, H, D], None).
+    `cu_seqlens` [documents + 1] are the borders in T, `borders` the same as int32 on the device, `longest` a bound of
+    the documents' lengths. On a GPU in bf16 or fp16 one kernel takes all documents; else it is one call a document.
     """
-    if cu_seqlens is None:
+    if cu_seqlens is None or borders is None:
         raise ValueError("packed attention needs cu_seqlens; for generation load the model with attention='sdpa'")
+    kernel = _varlen() if query.is_cuda and query.dtype != torch.float32 and not dropout else None
+    if kernel is None:
+        return _by_document(query, key, value, cu_seqlens, scaling, dropout, sliding_window), None
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H or K, D]
+    left = -1 if sliding_window is None else sliding_window - 1
+    return kernel(q, k, v, borders, longest, scaling, left)[None], None
+
+
+def _varlen() -> Callable[..., Any] | None:
+    """torch's kernel for sequences of different lengths, or flash-attn's; None where neither is there."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return lambda q, k, v, borders, longest, scale, left: varlen_attn(
+            q, k, v, borders, borders, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True
+        )
+    except ImportError:
+        pass
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return lambda q, k, v, borders, longest, scale, left: flash_attn_varlen_func(
+        q, k, v, borders, borders, longest, longest, softmax_scale=scale, causal=True, window_size=(left, 0)
+    )
+
+
+def backend(device: torch.device) -> str:
+    """What computes attention on a device, for the run's record."""
+    return "one SDPA call a document" if device.type == "cpu" or _varlen() is None else "variable-length kernel"
+
+
+@torch.compiler.disable
+def _by_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: list[int],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
     pieces = []
     for start, end in pairwise(cu_seqlens):
@@ -51,7 +97,7 @@ def packed_attention(
                 enable_gqa=grouped,
             )
         )
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None  # [1, H, T, D] -> [1, T, H, D]
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()  # [1, H, T, D] -> [1, T, H, D]
 
 
 def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

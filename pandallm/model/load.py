@@ -95,3 +95,15 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             weight = cast(torch.Tensor, module.weight)  # tied: the same one twice, which does no harm
             weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
     return added
+
+
+def use_liger(model: PreTrainedModel) -> None:
+    """Puts Liger's kernels in place of a model's norms, rotary positions and MLPs; the loss stays ours. UserError where
+    that can't be done."""
+    if not torch.cuda.is_available():
+        raise UserError("liger: its kernels need a GPU")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        raise UserError("liger: Liger is not installed: pip install liger-kernel") from None
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)

@@ -6,19 +6,35 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from pandallm import log
 from pandallm.data.loader import Batch, Loader
 from pandallm.train.engine import Engine
-from pandallm.train.progress import Progress
+from pandallm.train.progress import Progress, peak_memory
 from pandallm.train.schedule import factor
 from pandallm.train.settings import TrainConfig
 
 
 class NonFinite(Exception):
     """The loss or the gradient of a step is not a number: training can't go on from here."""
+
+    def __init__(self, what: str, step: int, rows: list[int], losses: list[float]) -> None:
+        super().__init__(f"step {step}: {what}; its rows: {rows}")
+        self.what, self.step, self.rows = what, step, rows
+        self.losses = losses  # of this rank's micro batches
+
+
+class Between(Protocol):
+    """What happens between two steps (train/between.py)."""
+
+    def report(self) -> list[float]:
+        """Numbers that are summed over the ranks, together with the step's own, and given to `after`."""
+
+    def after(self, step: int, reports: list[float]) -> str | None:
+        """Saves, measures; why to stop, or None."""
 
 
 @dataclass(frozen=True)
@@ -47,44 +63,44 @@ def train(
     first_step: int,
     step_flops: Callable[[list[Batch]], float],
     progress: Progress,
-    save: Callable[[int], None],
-) -> None:
-    """Runs steps first_step … plan.total_steps; `save(step)` is called after every save_every-th but the last.
+    between: Between,
+) -> str | None:
+    """Runs steps first_step … plan.total_steps; returns why it stopped before the last, or None.
 
-    Raises NonFinite, naming the step and its rows; ValueError where a step has nothing to train.
+    Raises NonFinite, naming the step and its rows, with the weights as they were before that step; ValueError where a
+    step has nothing to train.
     """
-    for step in range(first_step, plan.total_steps + 1):
-        began = time.perf_counter()
+    began = time.perf_counter()
+    for step, rows, tokens, batches in loader.steps_from(first_step, plan.total_steps, plan.last_row):
         # What is random in a step is a function of the step: nothing of it has to be saved.
         torch.manual_seed(conf.seed * 1_000_003 + step * 1_009 + log.rank())
-        rows = loader.rows_of(step, plan.last_row)
-        tokens = loader.trained_tokens(rows)
-        if tokens == 0:
-            raise ValueError(f"step {step}: none of the tokens of rows {rows} is trained")
-        batches = loader.micro_batches(rows)
-        total = torch.zeros((), device=engine.device)
+        losses = []
         for i, batch in enumerate(batches):
             loss = engine.loss(batch)
             engine.backward(loss, tokens, last=i == len(batches) - 1)
-            total += loss.detach()
-        loss_value = engine.total(total) / tokens
-        if not math.isfinite(loss_value):
-            raise NonFinite(f"step {step}: the loss is {loss_value}; its rows: {rows}")
+            losses.append(loss.detach())
+        mine = [float(loss) for loss in losses]
+        read = float(sum(batch.cu_seqlens[-1] for batch in batches))
+        total, read, flops, *reports = engine.total([sum(mine), read, step_flops(batches), *between.report()])
+        if not math.isfinite(total):
+            raise NonFinite(f"the loss is {total}", step, rows, mine)
         lr = conf.learning_rate * factor(conf.schedule, step, plan.total_steps, conf.warmup_ratio)
         norm = engine.step(lr)
-        if not math.isfinite(norm):
-            raise NonFinite(f"step {step}: the gradient's norm is {norm}; its rows: {rows}")
+        if not math.isfinite(norm) and not engine.overflowed:
+            raise NonFinite(f"the gradient's norm is {norm}", step, rows, mine)
         progress.step(
             step,
-            loss=loss_value,
+            loss=total / tokens,
             lr=lr,
-            grad_norm=norm,
+            grad_norm=norm if math.isfinite(norm) else None,
             tokens=tokens,
-            input_tokens=int(
-                engine.total(torch.tensor(float(sum(b.cu_seqlens[-1] for b in batches)), device=engine.device))
-            ),
-            flops=engine.total(torch.tensor(step_flops(batches), device=engine.device)),
+            input_tokens=int(read),
+            flops=flops,
+            memory=peak_memory(engine.device),
             seconds=time.perf_counter() - began,
         )
-        if step % conf.save_every == 0 and step < plan.total_steps:
-            save(step)
+        reason = between.after(step, reports)
+        if reason:
+            return reason
+        began = time.perf_counter()  # saving and measuring aren't a step's time
+    return None

@@ -59,16 +59,27 @@ class CausalLM(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Sum of -log p over the batch's trained tokens, fp32 scalar."""
-        hidden = self.model.model(  # [1, T, D]
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The last layer's output [1, T, D]."""
+        hidden: torch.Tensor = self.model.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
             cu_seqlens=batch.cu_seqlens,
+            borders=batch.borders,
+            longest=batch.longest,
         ).last_hidden_state
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of some positions' output [N, D]."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        return logits
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Sum of -log p over the batch's trained tokens, fp32 scalar."""
         # Only what is trained goes through the head: in instruction data that is a part of the positions.
-        trained = hidden[0, batch.trained_at]  # [N, D]
+        trained = self.hidden(batch)[0, batch.trained_at]  # [N, D]
         loss: torch.Tensor = HeadLoss.apply(trained, self.model.get_output_embeddings().weight, batch.targets)
         return loss
 

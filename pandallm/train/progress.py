@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 
 from pandallm import files, log
 from pandallm.data.loader import Batch
+from pandallm.train import page
+from pandallm.train.trackers import Tracker
 
 # Dense bf16 FLOP/s by the name torch gives a device. Sources: the makers' data sheets, without sparsity.
 PEAK_FLOPS = {
@@ -26,6 +29,7 @@ PEAK_FLOPS = {
     "3090": 71e12,
     "V100": 125e12,
 }
+PAGE_EVERY = 20.0  # seconds between two versions of the run's page
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal to rewrite one on
 
 
@@ -42,6 +46,14 @@ def peak_flops(device: torch.device) -> float:
         a @ a
         times.append(time.perf_counter() - began)
     return 2 * size**3 / min(times)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes this rank has held at most: of the GPU's memory, or resident in the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def batch_flops(model: PreTrainedModel, batches: list[Batch]) -> float:
@@ -62,53 +74,111 @@ def batch_flops(model: PreTrainedModel, batches: list[Batch]) -> float:
 
 
 class Progress:
-    """Rank 0 writes; the others' calls do nothing."""
+    """Rank 0 writes; the others' calls do nothing. A full disk costs lines of a report, never the run."""
 
-    def __init__(self, out: Path, first_step: int, total_steps: int, peak: float) -> None:
-        self.total_steps, self.peak = total_steps, peak
+    def __init__(self, out: Path, first_step: int, record: dict[str, Any], trackers: list[Tracker]) -> None:
+        self.out, self.record, self.trackers = out, record, trackers
+        self.total_steps, self.peak = record["steps"], record["peak_flops"]
         self.chief = log.rank() == 0
         self.terminal = sys.stderr.isatty()
-        self._began, self._last_line = time.monotonic(), 0.0
+        self._began, self._last_line, self._last_page = time.monotonic(), 0.0, 0.0
         self._first_step = first_step
+        # Every rank knows the measurements: whether to stop depends on them.
+        self.heldout = [line for line in log.read_metrics(out / "heldout.jsonl") if line["step"] < first_step]
         if self.chief:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import: not for other commands
 
             self.metrics = log.Metrics(out / "metrics.jsonl", first_step - 1)
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+            self.measurements = log.Metrics(out / "heldout.jsonl", first_step - 1)
+            self.lines = log.read_metrics(out / "metrics.jsonl")
+            self.board: SummaryWriter | None = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
 
-    def step(self, step: int, *, seconds: float, flops: float, **values: float) -> None:
+    def step(self, step: int, *, seconds: float, flops: float, **values: Any) -> None:
         if not self.chief:
             return
         rate = values["input_tokens"] / seconds
         mfu = flops / seconds / self.peak if self.peak else None
-        self.metrics.write(
-            step=step, **values, tokens_per_s=round(rate, 1), mfu=mfu and round(mfu, 4), seconds=round(seconds, 3)
-        )
-        for name in ("loss", "lr", "grad_norm"):
-            self.board.add_scalar(name, values[name], step)
-        self.board.add_scalar("tokens_per_s", rate, step)
+        line = {
+            "step": step,
+            **values,
+            "tokens_per_s": round(rate, 1),
+            "mfu": mfu and round(mfu, 4),
+            "seconds": round(seconds, 3),
+        }
+        self.lines.append(line)
+        self._keep(self.metrics, line)
+        self._chart({name: line[name] for name in ("loss", "lr", "grad_norm", "tokens_per_s") if line[name]}, step)
         now = time.monotonic()
         if self.terminal or now - self._last_line >= LINE_EVERY or step in (self._first_step, self.total_steps):
             self._last_line = now
             left = (now - self._began) / (step - self._first_step + 1) * (self.total_steps - step)
-            line = (
+            norm = "overflow" if values["grad_norm"] is None else f"{values['grad_norm']:.2f}"
+            text = (
                 f"step {step}/{self.total_steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
-                f"  grad {values['grad_norm']:.2f}  {rate:,.0f} tokens/s"
+                f"  grad {norm}  {rate:,.0f} tokens/s"
                 + (f"  mfu {100 * mfu:.0f} %" if mfu else "")
                 + f"  left {_clock(left)}"
             )
             end = "\n" if not self.terminal or step == self.total_steps else ""
-            print(("\r\x1b[K" if self.terminal else "") + line, end=end, file=sys.stderr, flush=True)
+            print(("\r\x1b[K" if self.terminal else "") + text, end=end, file=sys.stderr, flush=True)
+        if now - self._last_page >= PAGE_EVERY:
+            self._last_page = now
+            self.page(refresh=int(PAGE_EVERY))
+
+    def measured(self, line: dict[str, Any]) -> None:
+        """A line of heldout.jsonl."""
+        self.heldout.append(line)
+        bits = line["bits_per_character"]
+        log.say(f"step {line['step']}: bits per character " + ", ".join(f"{n} {b:.4f}" for n, b in bits.items()))
+        for warning in line["warnings"]:
+            log.warn(f"step {line['step']}: {warning}")
+        if self.chief:
+            self._keep(self.measurements, line)
+            self._chart({f"heldout/{name}": value for name, value in bits.items()}, line["step"])
+
+    def _keep(self, metrics: log.Metrics, line: dict[str, Any]) -> None:
+        try:
+            metrics.write(**line)
+        except OSError as e:  # what could not be written yet stays in the file's buffer, and goes with the next line
+            log.warn(f"{metrics.path}: {e.strerror}; training goes on")
+
+    def _chart(self, values: dict[str, float], step: int) -> None:
+        for tracker in list(self.trackers):
+            tracker.log(values, step)
+        try:
+            for name, value in values.items():
+                if self.board:
+                    self.board.add_scalar(name, value, step)
+        except OSError as e:
+            log.warn(f"TensorBoard: {e.strerror}; training goes on without it")
+            self.board = None
+
+    def page(self, refresh: int | None = None) -> None:
+        """OUT/run.html; with `refresh` a browser loads it again after so many seconds."""
+        if not self.chief:
+            return
+        try:
+            page.write(self.out / "run.html", self.out.name, self.record, self.lines, self.heldout, refresh)
+        except OSError as e:
+            log.warn(f"{self.out / 'run.html'}: {e.strerror}; training goes on")
 
     def sync(self) -> None:
         """Makes the metrics durable, before a checkpoint that counts on them."""
         if self.chief:
-            self.metrics.sync()
+            try:
+                self.metrics.sync()
+                self.measurements.sync()
+            except OSError as e:
+                log.warn(f"{self.metrics.path}: {e.strerror}; training goes on")
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         if self.chief:
-            self.metrics.close()
-            self.board.close()
+            for metrics in (self.metrics, self.measurements):
+                metrics.close()
+            if self.board:
+                self.board.close()
+            for tracker in self.trackers:
+                tracker.finish(failed)
 
 
 def _clock(seconds: float) -> str:

@@ -16,15 +16,18 @@ from pandallm.config import UserError
 from pandallm.data.loader import Loader
 from pandallm.data.shards import Shards
 from pandallm.model import attention, checkpoint, load
-from pandallm.train import loop
+from pandallm.train import faults, launch, loop, selftest, trackers
+from pandallm.train.between import BY_SIGNAL, Between
 from pandallm.train.engine import DTYPES, ENGINES, Engine, start
+from pandallm.train.heldout import Measure
 from pandallm.train.objectives import OBJECTIVES
 from pandallm.train.progress import Progress, batch_flops, loss_curve, peak_flops
 from pandallm.train.settings import FREE_TO_CHANGE, TrainConfig
 
 
 def run(path: str, overrides: list[str]) -> dict[str, Any]:
-    """Trains as a config says; returns the run's record (run.json)."""
+    """Trains as a config says; returns the run's record (run.json). SystemExit after a signal, once all is saved."""
+    launch.environment()
     conf = config.load(TrainConfig, path, overrides)
     out, shards = Path(conf.out), Shards(conf.data)
     base = load.resolve(conf.model) if conf.model else None
@@ -33,23 +36,43 @@ def run(path: str, overrides: list[str]) -> dict[str, Any]:
     if record and record.get("finished"):
         log.say(f"{out}: trained already: {record['steps']} steps, loss {record['loss']:.4f}")
         return record
-    device = start(conf.engine)
+    device = launch.device()
+    launch.check_precision(conf.precision, device)
+    start(conf.engine, device)
     resumed = checkpoint.newest(out)
     model, tokenizer = _model(conf, shards, base, resumed)
-    objective = OBJECTIVES[conf.objective](model)
-    engine = ENGINES[conf.engine](objective, conf, device)
-    loader = Loader(
-        shards, conf.seed, conf.global_batch_size, conf.micro_batch_size, rank=log.rank(), world=engine.world
-    )
+    with faults.out_of_memory(model, conf, shards.seq_len):
+        engine = ENGINES[conf.engine](OBJECTIVES[conf.objective](model), conf, device)
+        selftest.check(engine.module, shards, engine.device)
+        first_step = 1
+        if resumed:
+            trained = files.read_json(resumed / checkpoint.COMPLETE)
+            engine.restore(checkpoint.Pieces(resumed), trained["state"])
+            first_step = int(trained["step"]) + 1
+            log.say(f"{out}: goes on from step {first_step - 1}")
+        record = _train(conf, settings, shards, engine, tokenizer, first_step)
+    engine.barrier()
+    engine.close()
+    if record["stopped"] == BY_SIGNAL:
+        sys.exit(143)
+    return record
+
+
+def _train(
+    conf: TrainConfig,
+    settings: dict[str, Any],
+    shards: Shards,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    first_step: int,
+) -> dict[str, Any]:
+    """The run itself, from `first_step` on; returns its record, which is on disk as run.json."""
+    out = Path(conf.out)
+    loader = Loader(shards, conf.seed, conf.global_batch_size, conf.micro_batch_size, log.rank(), engine.world)
     plan = loop.plan(conf, loader)
-    first_step = 1
-    if resumed:
-        engine.load(resumed)
-        first_step = int(files.read_json(resumed / checkpoint.COMPLETE)["step"]) + 1
-        log.say(f"{out}: goes on from step {first_step - 1}")
-    peak = peak_flops(device) * engine.world
     record = {
         "finished": False,
+        "stopped": None,
         "settings": settings,
         "command": sys.argv[1:],
         "versions": log.versions(),
@@ -57,21 +80,32 @@ def run(path: str, overrides: list[str]) -> dict[str, Any]:
         "data_rows": len(shards),
         "steps": plan.total_steps,
         "ranks": engine.world,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "peak_flops": peak,
+        "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
+        "attention": attention.backend(engine.device),
+        "peak_flops": peak_flops(engine.device) * engine.world,
     }
+    measure = Measure(conf.heldout, engine, tokenizer, shards.seq_len) if conf.heldout else None
+    kept = []
     if log.rank() == 0:
         files.write_json(out / "run.json", record)
-    progress = Progress(out, first_step, plan.total_steps, peak)
-    save = partial(_save, out, conf, engine, model, tokenizer, progress)
+        kept = trackers.start(list(conf.trackers), conf.project, out.name, settings, out / "trackers")
+    progress = Progress(out, first_step, record, kept)
+    between = Between(out, conf, engine, tokenizer, progress, measure, plan.total_steps)
     try:
-        loop.train(engine, loader, conf, plan, first_step, partial(batch_flops, model), progress, save)
+        if measure and first_step == 1:
+            between.measured(0)
+        flops = partial(batch_flops, engine.module.model)
+        record["stopped"] = loop.train(engine, loader, conf, plan, first_step, flops, progress, between)
+        between.finish()
+        if record["stopped"] != BY_SIGNAL:
+            _finish(out, between, record, progress)
+    except loop.NonFinite as e:
+        faults.keep_for_replay(out, e, shards, engine, between)
+        raise UserError(f"{e}; {out / faults.REPORT} says more, and the same command replays the step") from None
     finally:
-        progress.close()
-    if log.rank() == 0:
-        _finish(out, model, tokenizer, record)
-    engine.barrier()
-    engine.close()
+        between.stop.close()
+        progress.page()
+        progress.close(failed=not record["finished"])
     return record
 
 
@@ -131,46 +165,42 @@ def _model(
         log.say(f"vocabulary grown by {added} to {len(tokenizer)}")
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    _checkpoint_activations(model, conf.activation_checkpointing)
+    _prepare(model, conf)
     return model.train(), tokenizer
 
 
-def _checkpoint_activations(model: PreTrainedModel, how: str) -> None:
-    """Recomputes blocks in the backward pass: all of them, every n-th, or none."""
-    if how == "none":
+def _prepare(model: PreTrainedModel, conf: TrainConfig) -> None:
+    """What the config changes of how the model computes. UserError where it can't be done."""
+    for beginning in conf.freeze:
+        found = [p for name, p in model.named_parameters() if name.startswith(beginning)]
+        if not found:
+            names = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+            raise UserError(f"freeze: no weight's name begins with '{beginning}'; they are called {names}, …")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("freeze: leaves nothing to train")
+    if conf.liger:
+        load.use_liger(model)
+    if conf.activation_checkpointing != "none":
+        every = 1 if conf.activation_checkpointing == "full" else int(conf.activation_checkpointing[len("every-") :])
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+        if conf.freeze:
+            model.enable_input_require_grads()  # blocks behind a frozen one need a gradient's way through
+    if conf.compile:
+        for layer in model.model.layers:
+            layer.compile()
+
+
+def _finish(out: Path, between: Between, record: dict[str, Any], progress: Progress) -> None:
+    if not between.publish_model():
+        raise UserError(f"out: {out / 'model'} could not be written; make room, and run the same command again")
+    if log.rank():
         return
-    every = 1 if how == "full" else int(how.removeprefix("every-"))
-    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
-
-
-def _save(
-    out: Path,
-    conf: TrainConfig,
-    engine: Engine,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Progress,
-    step: int,
-) -> None:
-    """A checkpoint: the model in the HF layout, the engine's own state beside it."""
-    chief = log.rank() == 0
-
-    def write(folder: Path) -> None:
-        engine.save(folder)
-        if chief:
-            checkpoint.save_model(model, tokenizer, folder / "model")
-
-    progress.sync()
-    checkpoint.save(out, step, {"ranks": engine.world}, write, chief, engine.barrier)
-    if chief:
-        checkpoint.prune(out, conf.keep_last)
-
-
-def _finish(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
-    metrics = log.read_metrics(out / "metrics.jsonl")
+    metrics = progress.lines
     loss_curve(metrics, out / "loss.png", out.name)
-    with files.atomic_dir(out / "model") as tmp:
-        checkpoint.save_model(model, tokenizer, tmp)
-    record |= {"finished": True, "loss": metrics[-1]["loss"], "seconds": round(sum(m["seconds"] for m in metrics), 1)}
+    seconds = round(sum(line["seconds"] for line in metrics), 1)
+    record |= {"finished": True, "steps": metrics[-1]["step"], "loss": metrics[-1]["loss"], "seconds": seconds}
     files.write_json(out / "run.json", record)
-    log.say(f"{out / 'model'}: {record['steps']} steps, loss {record['loss']:.4f}")
+    why = f"; stopped: {record['stopped']}" if record["stopped"] else ""
+    log.say(f"{out / 'model'}: {record['steps']} steps, loss {record['loss']:.4f}{why}")

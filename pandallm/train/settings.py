@@ -18,6 +18,36 @@ class Init(Config):
     tokenizer: str
 
 
+class HeldOutSource(Config):
+    """A file that is measured while training, in bits per character."""
+
+    name: str
+    path: str  # any layout that `panda data prepare` reads
+    max_rise: float | None = Field(None, gt=0)  # a forgetting guard: how many bits per character it may lose
+
+
+class HeldOut(Config):
+    """What is measured every `every` steps, before the first and after the last."""
+
+    every: int = Field(100, ge=1)  # steps
+    sources: list[HeldOutSource] = Field(min_length=1)
+    limit: int = Field(200, ge=1)  # the first records of each
+    on_rise: Literal["warn", "stop"] = "warn"  # when a guarded source rises beyond its bound
+    keep_best: bool = False  # OUT/best: the model with the lowest mean over the sources that aren't guards
+    patience: int | None = Field(None, ge=1)  # stop after so many measurements without a new best
+    prompts: list[str] = []  # continued greedily each time, to be looked at
+    max_new_tokens: int = Field(48, ge=1)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> HeldOut:
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError("sources: two have the same name")
+        if (self.keep_best or self.patience) and all(source.max_rise for source in self.sources):
+            raise ValueError("keep_best and patience need a source without max_rise")
+        return self
+
+
 class TrainConfig(Config):
     """What `panda train` reads. Defaults are the original's recipe (RECIPE section 3)."""
 
@@ -27,6 +57,7 @@ class TrainConfig(Config):
     out: str
     objective: Literal["causal_lm"] = "causal_lm"
     adapter: None = None
+    freeze: list[str] = []  # weights that stay as they are, by the beginning of their names: model.layers.0.
     pad_token: str | None = None  # added where the tokenizer has no pad token; as in the shards' config
     engine: Literal["torch", "deepspeed"] = "torch"
     deepspeed: dict[str, Any] = {}  # passed through to DeepSpeed
@@ -43,9 +74,14 @@ class TrainConfig(Config):
     max_grad_norm: float = Field(5.0, gt=0)
     precision: Literal["bf16", "fp32", "fp16", "bf16_pure"] = "bf16"
     activation_checkpointing: str = "full"  # none, full, every-2, every-3, …
+    compile: bool = False  # torch.compile of every block
+    liger: bool = False  # Liger's kernels for norms, rotary positions and SwiGLU; a GPU is needed
     save_every: int = Field(250, ge=1)  # steps
     keep_last: int = Field(3, ge=1)  # checkpoints
     seed: int = 42
+    heldout: HeldOut | None = None
+    trackers: list[Literal["wandb", "swanlab", "trackio"]] = []
+    project: str = "pandallm"  # the trackers' project
 
     @field_validator("activation_checkpointing")
     @classmethod
@@ -72,4 +108,6 @@ FREE_TO_CHANGE = {
     "engine",
     "deepspeed",
     "out",
+    "trackers",
+    "project",
 }
