@@ -127,6 +127,8 @@ class Loader:
 
         Raises ValueError where a step has nothing to train.
         """
+        if first > last:
+            return
         with ThreadPoolExecutor(1, "loader") as reader:
             coming = reader.submit(self._step, first, last_row)
             for number in range(first, last + 1):

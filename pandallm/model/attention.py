@@ -5,7 +5,9 @@ B = 1 (rows lie end to end), H = query heads, K = key/value heads, T = tokens, D
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -46,14 +48,16 @@ def packed_attention(
     return kernel(q, k, v, borders, longest, scaling, left)[None], None
 
 
+@cache
 def _varlen() -> Callable[..., Any] | None:
-    """torch's kernel for sequences of different lengths, or flash-attn's; None where neither is there."""
+    """torch's kernel for documents of different lengths (an older one knows no grouped heads), or flash-attn's."""
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        return lambda q, k, v, borders, longest, scale, left: varlen_attn(
-            q, k, v, borders, borders, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True
-        )
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            return lambda q, k, v, borders, longest, scale, left: varlen_attn(
+                q, k, v, borders, borders, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True
+            )
     except ImportError:
         pass
     try:

@@ -162,8 +162,10 @@ class DeepSpeedEngine:
         self.stage = int(conf.deepspeed.get("zero_optimization", {}).get("stage", 1))
         if conf.precision == "bf16_pure":
             raise UserError("precision: bf16_pure is for engine: torch; DeepSpeed keeps fp32 master weights (use bf16)")
-        if conf.precision == "fp16" and self.stage == 0:
-            raise UserError("deepspeed.zero_optimization.stage: fp16 needs stage 1, 2 or 3 here")
+        if conf.precision == "fp16" and device.type == "cpu":
+            raise UserError("precision: DeepSpeed computes in fp16 on GPUs only; use bf16 or fp32")
+        if conf.precision != "fp32" and self.stage == 0:
+            raise UserError(f"deepspeed.zero_optimization.stage: 0 is for fp32; in {conf.precision} take 1, 2 or 3")
         self.plain = self.stage == 0 and conf.precision == "fp32"  # DeepSpeed then tells no norm
         self.module = module
         self.named: list[tuple[str, Any]] = [

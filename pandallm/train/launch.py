@@ -14,7 +14,7 @@ from pandallm import log
 from pandallm.config import UserError
 
 BEAT = 3.0  # seconds between two signs of life of a rank
-SILENCE = 25.0  # seconds without one after which a rank counts as dead
+SILENCE = 20.0  # seconds without one after which a rank counts as dead
 
 
 def environment() -> None:
@@ -75,8 +75,10 @@ class Heartbeat:
         store: Any = torch.distributed.distributed_c10d._get_default_store()
         self._store = torch.distributed.PrefixStore("panda_heartbeat", store.clone())  # a connection of its own
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._thread.start()
+        self._answered = time.monotonic()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]
+        for thread in self._threads:
+            thread.start()
 
     def _beat(self) -> None:
         seen = {rank: (0, time.monotonic()) for rank in self._watched}
@@ -87,13 +89,19 @@ class Heartbeat:
             except RuntimeError:
                 self._die("the ranks' store is gone")
                 return
-            now = time.monotonic()
+            self._answered = now = time.monotonic()
             for rank, count in counts.items():
                 before, since = seen[rank]
                 if count != before or count >= self.GONE:
                     seen[rank] = (count, now)
                 elif now - since > SILENCE:
                     self._die(f"rank {rank} has been silent for {now - since:.0f} s")
+
+    def _guard(self) -> None:
+        """The store lives in rank 0 where no launcher holds it: where that machine hangs, so does whoever asks it."""
+        while not self._over.wait(BEAT):
+            if time.monotonic() - self._answered > 2 * SILENCE:
+                self._die("the ranks' store, which rank 0 or the launcher holds, does not answer")
 
     def _die(self, why: str) -> None:
         if not self._over.is_set():
@@ -102,5 +110,6 @@ class Heartbeat:
 
     def close(self) -> None:
         self._over.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._store.add(str(self.rank), self.GONE)

@@ -81,7 +81,7 @@ class Progress:
         self.total_steps, self.peak = record["steps"], record["peak_flops"]
         self.chief = log.rank() == 0
         self.terminal = sys.stderr.isatty()
-        self._began, self._last_line, self._last_page = time.monotonic(), 0.0, 0.0
+        self._began, self._last_line, self._next_page = time.monotonic(), 0.0, 0.0
         self._first_step = first_step
         # Every rank knows the measurements: whether to stop depends on them.
         self.heldout = [line for line in log.read_metrics(out / "heldout.jsonl") if line["step"] < first_step]
@@ -121,9 +121,10 @@ class Progress:
             )
             end = "\n" if not self.terminal or step == self.total_steps else ""
             print(("\r\x1b[K" if self.terminal else "") + text, end=end, file=sys.stderr, flush=True)
-        if now - self._last_page >= PAGE_EVERY:
-            self._last_page = now
+        if now >= self._next_page:
             self.page(refresh=int(PAGE_EVERY))
+            # A long run's page takes longer to draw: never more than a hundredth of the time.
+            self._next_page = now + max(PAGE_EVERY, 100 * (time.monotonic() - now))
 
     def measured(self, line: dict[str, Any]) -> None:
         """A line of heldout.jsonl."""
