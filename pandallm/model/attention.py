@@ -85,15 +85,16 @@ def _by_document(
     sliding_window: int | None,
 ) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
     pieces = []
-    for start, end in pairwise(cu_seqlens):
-        span = slice(start, end)
-        mask = _band(end - start, sliding_window, query.device)
+    # Split, not sliced: the gradient of a slice is a tensor of the whole row's size for every document.
+    for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
+        mask = _band(q.shape[2], sliding_window, query.device)
         pieces.append(
             F.scaled_dot_product_attention(
-                query[:, :, span],
-                key[:, :, span],
-                value[:, :, span],
+                q,
+                k,
+                v,
                 attn_mask=mask,
                 is_causal=mask is None,
                 dropout_p=dropout,
