@@ -67,6 +67,25 @@ def go(conf: str, stage: int | None, ranks: int, folder: Path, stop: int = 0) ->
     assert done.returncode == wanted, done.stderr[-3000:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [(None, 1, 1, 2), (3, 2, None, 1), (1, 2, 3, 2)], ids=str)
+def test_goes_on_elsewhere_in_bf16(
+    way: tuple[int | None, int, int | None, int], demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml
+) -> None:
+    """fp32 masters and moments move too. Those of the run's first half are carried over exactly: the next loss shows
+    bf16's rounding alone."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    before, ranks_before, after, ranks_after = way
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    keys = {"max_steps": 18, "micro_batch_size": 1, "precision": "bf16"}
+    train.run(config(write_yaml, demo_shards, whole, **keys), [])
+    conf = config(write_yaml, demo_shards, out, **keys)
+    go(conf, before, ranks_before, tmp_path, stop=9)
+    go(conf, after, ranks_after, tmp_path)
+    np.testing.assert_allclose([m[1] for m in metrics(out)], [m[1] for m in metrics(whole)], rtol=2e-3)
+    np.testing.assert_allclose([m[3] for m in metrics(out)], [m[3] for m in metrics(whole)], rtol=3e-2)
+
+
 def same(run: Path, whole: Path) -> None:
     """Losses, gradient norms and weights agree; the step's tokens exactly."""
     np.testing.assert_allclose(metrics(run), metrics(whole), rtol=1e-3)

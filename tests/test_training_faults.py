@@ -60,22 +60,47 @@ def test_full_disk_in_a_save(
     assert metrics(out) == metrics(tmp_path / "whole")
 
 
-def test_full_disk_in_the_metrics(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_full_disk_in_the_metrics(tmp_path: Path) -> None:
     """Lines that could not be written come with the next one."""
     metrics_file = log.Metrics(tmp_path / "metrics.jsonl", 0)
-    file = metrics_file._file
-    real = file.buffer.raw.write  # type: ignore[attr-defined]
+    place = metrics_file._file.fileno()
     metrics_file.write(step=1)
-    fd = os.open(tmp_path / "metrics.jsonl", os.O_RDONLY)
-    os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+    os.dup2(os.open("/dev/full", os.O_WRONLY), place)
     with pytest.raises(OSError, match="No space"):
         metrics_file.write(step=2)
-    os.dup2(os.open(tmp_path / "metrics.jsonl", os.O_WRONLY | os.O_APPEND), file.fileno())
+    os.dup2(os.open(tmp_path / "metrics.jsonl", os.O_WRONLY | os.O_APPEND), place)
     metrics_file.write(step=3)
     metrics_file.close()
-    os.close(fd)
-    assert real is not None
     assert [line["step"] for line in log.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_mistake_in_a_save_publishes_nothing(
+    demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml, capsys: Any, monkeypatch: Any
+) -> None:
+    """Whatever goes wrong in the writing thread, a folder that isn't whole never gets its name."""
+    real = checkpoint.save_config
+
+    def save_config(model: Any, tokenizer: Any, folder: Path) -> None:
+        if "step-00000006" in str(folder):
+            raise TypeError("ours")
+        real(model, tokenizer, folder)
+
+    monkeypatch.setattr(checkpoint, "save_config", save_config)
+    train.run(config(write_yaml, demo_shards, tmp_path / "run", max_steps=14), [])
+    assert checkpoint.steps(tmp_path / "run") == [12]
+    assert "step-00000006 could not be written (TypeError: ours)" in capsys.readouterr().err
+
+
+def test_stage_one_where_only_offload_is_given() -> None:
+    keys = {"model": "tiny", "data": "", "out": "", "max_steps": 1}
+    assert TrainConfig(**keys).zero_optimization == {"stage": 1}
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    given = TrainConfig(**keys, deepspeed={"zero_optimization": offload})
+    assert given.zero_optimization == {"stage": 1, **offload}
+    recomputed = [
+        TrainConfig(**keys, activation_checkpointing=how).recompute_every for how in ("none", "full", "every-3")
+    ]
+    assert recomputed == [0, 1, 3]
 
 
 SLOW_SAVE = """
@@ -214,7 +239,14 @@ def test_a_dead_rank_ends_the_others(dead: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu[03-05,9],cpu1", "gpu03"), ("a,b", "a"), ("n1", "n1"), ("r[1-2]-x,y", "r1-x"), ("", "127.0.0.1")],
+    [
+        ("gpu[03-05,9],cpu1", "gpu03"),
+        ("a,b", "a"),
+        ("n1", "n1"),
+        ("r[1-2]-x,y", "r1-x"),
+        ("r[1-2]n[3-4],z", "r1n3"),
+        ("", "127.0.0.1"),
+    ],
 )
 def test_first_host_of_slurm(nodes: str, first: str) -> None:
     assert launch.first_host(nodes) == first

@@ -138,7 +138,7 @@ def members(path: str) -> list[tuple[str, int]]:
     """(name, packed size) of the files in a zip archive, in its order, without hidden ones. Raises Broken."""
     try:
         found = _archive(path, *_stamp(path)).infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as e:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as e:  # what zipfile raises for damage
         raise Broken(str(e)) from None
     return [
         (m.filename, m.compress_size)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -136,8 +136,8 @@ class Writer:
                 files.fsync_file(tmp / name)
             if self._complete is not None:
                 files.write_json(tmp / LISTING.format(self.rank), _listing(tmp, [tmp / name for name in content]))
-        except (OSError, SafetensorError, RuntimeError) as e:
-            self._fault = self._fault or " ".join(str(e).split()) or type(e).__name__
+        except Exception as e:  # whatever it is, a folder that isn't whole must not be published
+            self._fault = self._fault or f"{type(e).__name__}: {' '.join(str(e).split())}"
 
     def report(self) -> list[float]:
         """[this rank is through, this rank failed], to be summed over the ranks and given to `settle`."""
@@ -173,24 +173,22 @@ class Writer:
     def _publish(self) -> None:
         tmp = self._folder()
         if self._complete is not None:
-            listed = [tmp / LISTING.format(rank) for rank in range(self.ranks)]
-            listing = _listing(tmp, [p for p in sorted(tmp.rglob("*")) if p.is_file() and p not in listed], listed)
-            files.write_json(tmp / COMPLETE, self._complete | {"files": listing})
-            for path in listed:
+            listing: dict[str, Any] = {}
+            for path in [tmp / LISTING.format(rank) for rank in range(self.ranks)]:
+                listing |= files.read_json(path)
                 path.unlink()
+            rest = [p for p in sorted(tmp.rglob("*")) if p.is_file() and str(p.relative_to(tmp)) not in listing]
+            files.write_json(tmp / COMPLETE, self._complete | {"files": listing | _listing(tmp, rest)})
         files.publish_dir(tmp, self._final)
 
 
-def _listing(folder: Path, paths: list[Path], known: list[Path] | None = None) -> dict[str, Any]:
-    """Size and hash of files, taken from listings that name them already where there are some."""
-    listing: dict[str, Any] = {}
-    for path in known or ():
-        listing |= files.read_json(path)
-    for path in paths:
-        name = str(path.relative_to(folder))
-        if name not in listing and path.stat().st_size:
-            listing[name] = {"bytes": path.stat().st_size, "blake3": files.hash_file(path)}
-    return listing
+def _listing(folder: Path, paths: list[Path]) -> dict[str, Any]:
+    """Size and hash of files; an empty one has no bytes to guard."""
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake3": files.hash_file(path)}
+        for path in paths
+        if path.stat().st_size
+    }
 
 
 def _fault(folder: Path) -> str | None:

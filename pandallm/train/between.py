@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,8 @@ class Stop:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        log.say(f"{signal.Signals(number).name}: saving after this step, then ending")
+        # Not printed: the step that was interrupted may be in the middle of a line of its own.
+        os.write(2, f"{signal.Signals(number).name}: saving after this step, then ending\n".encode())
 
     def close(self) -> None:
         for number, handler in self._before.items():
@@ -62,9 +64,11 @@ class Between:
         self.checkpoints, self.best = (Writer(self._rank, engine.world, engine.barrier) for _ in range(2))
 
     def report(self) -> list[float]:
+        """Numbers that are summed over the ranks, together with the step's own, and given to `after`."""
         return [*self.checkpoints.report(), *self.best.report(), float(self.stop.signal)]
 
     def after(self, step: int, reports: list[float]) -> str | None:
+        """Saves, measures; why to stop, or None."""
         self.checkpoints.settle(*reports[:2])
         self.best.settle(*reports[2:4])
         reason = None

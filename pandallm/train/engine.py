@@ -159,7 +159,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         self.world = int(os.environ["WORLD_SIZE"])
-        self.stage = int(conf.deepspeed.get("zero_optimization", {}).get("stage", 1))
+        self.stage = int(conf.zero_optimization["stage"])
         if conf.precision == "bf16_pure":
             raise UserError("precision: bf16_pure is for engine: torch; DeepSpeed keeps fp32 master weights (use bf16)")
         if conf.precision == "fp16" and device.type == "cpu":
@@ -182,9 +182,9 @@ class DeepSpeedEngine:
 
     def _settings(self, conf: TrainConfig) -> dict[str, Any]:
         settings: dict[str, Any] = {
-            "zero_optimization": {"stage": 1},
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on offloaded state too
             **conf.deepspeed,
+            "zero_optimization": conf.zero_optimization,
             "train_micro_batch_size_per_gpu": conf.micro_batch_size,
             "gradient_accumulation_steps": -(-conf.global_batch_size // (conf.micro_batch_size * self.world)),
             "gradient_clipping": conf.max_grad_norm,
@@ -312,6 +312,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         if self._heartbeat:
             self._heartbeat.close()
+            self.barrier()  # rank 0 may hold the store that the others' hearts beat in: it leaves when all have stopped
         torch.distributed.destroy_process_group()
 
 

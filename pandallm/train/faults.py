@@ -77,13 +77,11 @@ def estimate(model: PreTrainedModel, conf: TrainConfig, seq_len: int) -> dict[st
     ranks = (
         1 if conf.engine == "torch" or not torch.distributed.is_initialized() else torch.distributed.get_world_size()
     )
-    stage = int(conf.deepspeed.get("zero_optimization", {}).get("stage", 1)) if conf.engine == "deepspeed" else 0
+    stage = conf.zero_optimization["stage"] if conf.engine == "deepspeed" else 0
     c = model.config
     tokens = conf.micro_batch_size * seq_len
     a_block = tokens * c.hidden_size * size
-    kept = {"none": 0, "full": 1}.get(conf.activation_checkpointing, 1)
-    every = int(conf.activation_checkpointing[6:]) if conf.activation_checkpointing.startswith("every-") else 1
-    recomputed = c.num_hidden_layers // every if kept else 0
+    recomputed = -(-c.num_hidden_layers // conf.recompute_every) if conf.recompute_every else 0
     return {
         "weights": all_ * size / (ranks if stage == 3 else 1),
         "gradients": trained * (4 if mixed else size) / (ranks if stage >= 2 else 1),

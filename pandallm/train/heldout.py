@@ -36,7 +36,7 @@ class Measure:
         self.rank, self.batches, self.characters = log.rank(), {}, {}
         for source in conf.sources:
             examples = _examples(source, conf.limit)
-            documents, self.characters[source.name] = _documents(tokenizer, examples, tokens)
+            documents, self.characters[source.name] = _documents(tokenizer, examples, tokens, source)
             self.batches[source.name] = self._mine(documents, tokens)
 
     def _mine(self, documents: list[Document], tokens: int) -> list[Batch]:
@@ -136,7 +136,9 @@ def _examples(source: HeldOutSource, limit: int) -> list[Example]:
     return found
 
 
-def _documents(tokenizer: PreTrainedTokenizerBase, examples: list[Example], most: int) -> tuple[list[Document], int]:
+def _documents(
+    tokenizer: PreTrainedTokenizerBase, examples: list[Example], most: int, source: HeldOutSource
+) -> tuple[list[Document], int]:
     """Documents of at most `most` tokens, and the characters they hold that are measured.
 
     A text follows bos (eos where there is none), so that its first token counts too; its end is not scored. Of a
@@ -144,19 +146,24 @@ def _documents(tokenizer: PreTrainedTokenizerBase, examples: list[Example], most
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     documents: list[Document] = []
-    characters = 0
+    characters = too_long = 0
     for example in examples:
         if isinstance(example, Dialogue):
             (whole,) = prompt.render(tokenizer, [example])
             if len(whole.input_ids) <= most:
                 documents.append((np.array(whole.input_ids), np.array(whole.loss_mask)))
                 characters += sum(len(text) for role, text in example.messages if role == "assistant")
+            else:
+                too_long += 1
             continue
         ids = tokenizer(example.text, add_special_tokens=False)["input_ids"]
         for at in range(0, len(ids), most - 1):
             piece = np.array([start, *ids[at : at + most - 1]])
             documents.append((piece, np.arange(len(piece)) > 0))
         characters += len(example.text)
+    told = f"heldout.sources: {source.name}: {too_long} dialogues are longer than a row of training, {most} tokens"
     if not characters:
-        raise UserError(f"heldout.sources: all its dialogues are longer than {most} tokens, a row of the training data")
+        raise UserError(f"{told}; nothing is left to measure")
+    if too_long:
+        log.say(f"{told}; they are left out")
     return documents, characters

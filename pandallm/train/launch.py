@@ -30,8 +30,8 @@ def environment() -> None:
 
 def first_host(nodes: str) -> str:
     """The first of Slurm's list of nodes: "gpu[03-05,9],cpu1" -> "gpu03"; this machine where the list is empty."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
-    return "".join(part or "" for part in match.groups()) if match else "127.0.0.1"
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0]) if match else "127.0.0.1"
 
 
 def device() -> torch.device:
@@ -67,8 +67,6 @@ class Heartbeat:
     Rank 0 watches all, the others watch rank 0. Every rank counts up its own key in the process group's store.
     """
 
-    GONE = 1 << 40  # what a rank adds to its count as it leaves in good order
-
     def __init__(self) -> None:
         self.rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._watched = range(1, ranks) if self.rank == 0 else range(1)
@@ -92,7 +90,7 @@ class Heartbeat:
             self._answered = now = time.monotonic()
             for rank, count in counts.items():
                 before, since = seen[rank]
-                if count != before or count >= self.GONE:
+                if count != before:
                     seen[rank] = (count, now)
                 elif now - since > SILENCE:
                     self._die(f"rank {rank} has been silent for {now - since:.0f} s")
@@ -112,4 +110,3 @@ class Heartbeat:
         self._over.set()
         for thread in self._threads:
             thread.join()
-        self._store.add(str(self.rank), self.GONE)

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from pandallm import log
 from pandallm.data.loader import Batch, Loader
+from pandallm.train.between import Between
 from pandallm.train.engine import Engine
 from pandallm.train.progress import Progress, peak_memory
 from pandallm.train.schedule import factor
@@ -25,16 +25,6 @@ class NonFinite(Exception):
         super().__init__(f"step {step}: {what}; its rows: {rows}")
         self.what, self.step, self.rows = what, step, rows
         self.losses = losses  # of this rank's micro batches
-
-
-class Between(Protocol):
-    """What happens between two steps (train/between.py)."""
-
-    def report(self) -> list[float]:
-        """Numbers that are summed over the ranks, together with the step's own, and given to `after`."""
-
-    def after(self, step: int, reports: list[float]) -> str | None:
-        """Saves, measures; why to stop, or None."""
 
 
 @dataclass(frozen=True)

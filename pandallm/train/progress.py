@@ -107,7 +107,9 @@ class Progress:
         }
         self.lines.append(line)
         self._keep(self.metrics, line)
-        self._chart({name: line[name] for name in ("loss", "lr", "grad_norm", "tokens_per_s") if line[name]}, step)
+        self._chart(
+            {name: line[name] for name in ("loss", "lr", "grad_norm", "tokens_per_s") if line[name] is not None}, step
+        )
         now = time.monotonic()
         if self.terminal or now - self._last_line >= LINE_EVERY or step in (self._first_step, self.total_steps):
             self._last_line = now
@@ -175,7 +177,10 @@ class Progress:
     def close(self, failed: bool) -> None:
         if self.chief:
             for metrics in (self.metrics, self.measurements):
-                metrics.close()
+                try:
+                    metrics.close()
+                except OSError as e:
+                    log.warn(f"{metrics.path}: {e.strerror}; its last lines are lost")
             if self.board:
                 self.board.close()
             for tracker in self.trackers:

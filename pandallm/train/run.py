@@ -182,8 +182,7 @@ def _prepare(model: PreTrainedModel, conf: TrainConfig) -> None:
         raise UserError("freeze: leaves nothing to train")
     if conf.liger:
         load.use_liger(model)
-    if conf.activation_checkpointing != "none":
-        every = 1 if conf.activation_checkpointing == "full" else int(conf.activation_checkpointing[len("every-") :])
+    if every := conf.recompute_every:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
         if conf.freeze:
             model.enable_input_require_grads()  # blocks behind a frozen one need a gradient's way through

@@ -83,6 +83,17 @@ class TrainConfig(Config):
     trackers: list[Literal["wandb", "swanlab", "trackio"]] = []
     project: str = "pandallm"  # the trackers' project
 
+    @property
+    def recompute_every(self) -> int:
+        """Every how many-th block is recomputed in the backward pass; 0: none."""
+        how = self.activation_checkpointing
+        return {"none": 0, "full": 1}[how] if how in ("none", "full") else int(how.removeprefix("every-"))
+
+    @property
+    def zero_optimization(self) -> dict[str, Any]:
+        """DeepSpeed's section, with the stage that is taken where none is given."""
+        return {"stage": 1, **self.deepspeed.get("zero_optimization", {})}
+
     @field_validator("activation_checkpointing")
     @classmethod
     def _known(cls, value: str) -> str:
