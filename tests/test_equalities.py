@@ -88,8 +88,9 @@ def test_head_loss_in_chunks_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = torch.randn(50, 16, generator=generator), torch.randn(VOCABULARY, 16, generator=generator)
     targets = torch.randint(0, VOCABULARY, (50,), generator=generator)
     results = []
-    for at_once in (7 * VOCABULARY, 1 << 25):
+    for at_once, in_cache in ((7 * 4 * VOCABULARY, 3 * VOCABULARY), (1 << 27, 1 << 21)):  # bytes, numbers
         monkeypatch.setattr("pandallm.train.objectives.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("pandallm.train.objectives.LOGITS_IN_CACHE", in_cache)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = HeadLoss.apply(h, w, targets)
         (loss * 0.5).backward()

@@ -17,6 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 PACKED = "panda_packed"
+SHORT = (
+    400  # tokens: up to this length torch's CPU kernel is faster in fp32 than in bf16 (3.2 times at 100, 1.1 at 400)
+)
 
 
 def packed_attention(
@@ -89,6 +92,8 @@ def _by_document(
     pieces = []
     # Split, not sliced: the gradient of a slice is a tensor of the whole row's size for every document.
     for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
+        if q.device.type == "cpu" and q.shape[2] <= SHORT:
+            q, k, v = q.float(), k.float(), v.float()
         mask = _band(q.shape[2], sliding_window, query.device)
         pieces.append(
             F.scaled_dot_product_attention(
@@ -100,7 +105,7 @@ def _by_document(
                 dropout_p=dropout,
                 scale=scaling,
                 enable_gqa=grouped,
-            )
+            ).to(query.dtype)
         )
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()  # [1, H, T, D] -> [1, T, H, D]
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from pandallm.data.loader import Batch
 
-LOGITS_AT_ONCE = 1 << 25  # numbers held by a chunk of logits: 128 MiB in fp32
+LOGITS_AT_ONCE = 1 << 27  # bytes of a chunk of logits, in the model's own precision
+LOGITS_IN_CACHE = 1 << 21  # numbers that a CPU turns into probabilities at once, in fp32: they fit its cache
 
 
 class HeadLoss(torch.autograd.Function):
@@ -25,31 +26,44 @@ class HeadLoss(torch.autograd.Function):
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        chunk = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        grad_weight: torch.Tensor | None = None
+        chunk = max(1, LOGITS_AT_ONCE // (weight.shape[0] * weight.element_size()))
         for start in range(0, len(targets), chunk):
-            h, target = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = (h @ weight.T).float()  # [n, V]
-            log_sum = logits.logsumexp(-1, keepdim=True)  # [n, 1]
-            total += (log_sum - logits.gather(1, target)).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            # d loss / d logits = softmax - one-hot
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-            grad = grad.to(hidden.dtype)
+            h, target = hidden[start : start + chunk], targets[start : start + chunk]
+            logits = h @ weight.T  # [n, V]
+            total += _cross_entropy(logits, target, needs_hidden or needs_weight)
             if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.T @ h
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                torch.mm(logits, weight, out=grad_hidden[start : start + chunk])
+            if needs_weight:
+                grad = logits.T @ h  # [V, D]
+                if len(targets) > chunk:  # chunks add up in fp32
+                    grad = grad.float() if grad_weight is None else grad_weight.add_(grad)
+                grad_weight = grad
+        if needs_weight:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.grads = grad_hidden, grad_weight
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        """Once only: the gradients are scaled where they lie."""
         (upstream,) = grads
-        scaled = [None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors]
-        return scaled[0], scaled[1], None
+        hidden, weight = (None if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.grads)
+        del ctx.grads
+        return hidden, weight, None
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, want_gradient: bool) -> torch.Tensor:
+    """Sum of -log p over n rows of logits [n, V], computed in fp32; the logits become its gradient, in place."""
+    rows = len(targets) if logits.is_cuda else max(1, LOGITS_IN_CACHE // logits.shape[1])
+    losses = []
+    for block, target in zip(logits.split(rows), targets.split(rows), strict=True):
+        log_p = torch.log_softmax(block, -1, dtype=torch.float32)
+        at = target[:, None]  # [n, 1]
+        losses.append(-log_p.gather(1, at).sum())
+        if want_gradient:  # softmax - one-hot
+            block.copy_(log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=log_p.dtype)))
+    return torch.stack(losses).sum()
 
 
 class CausalLM(torch.nn.Module):
