@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import WriteYaml
-from test_equalities import config, metrics, panda
+from test_equalities import config, metrics, panda, same
 
-from pandallm.model import checkpoint, load
+from pandallm.model import checkpoint
 from pandallm.train import run as train
 
 FROZEN = ["model.embed_tokens", "model.layers.0."]
@@ -84,14 +83,6 @@ def test_goes_on_elsewhere_in_bf16(
     go(conf, after, ranks_after, tmp_path)
     np.testing.assert_allclose([m[1] for m in metrics(out)], [m[1] for m in metrics(whole)], rtol=2e-3)
     np.testing.assert_allclose([m[3] for m in metrics(out)], [m[3] for m in metrics(whole)], rtol=3e-2)
-
-
-def same(run: Path, whole: Path) -> None:
-    """Losses, gradient norms and weights agree; the step's tokens exactly."""
-    np.testing.assert_allclose(metrics(run), metrics(whole), rtol=1e-3)
-    one, two = (load.load(folder / "model", torch.float32) for folder in (whole, run))
-    for name, parameter in one.named_parameters():
-        torch.testing.assert_close(two.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)
 
 
 FAST = [(None, 1, 3, 2)]  # stage and ranks before, stage and ranks after: plain torch -> ZeRO-3 on two

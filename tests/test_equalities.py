@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -125,6 +126,14 @@ def metrics(out: Path) -> list[tuple[float, ...]]:
     return [tuple(line[key] for key in ("step", "loss", "lr", "grad_norm", "tokens")) for line in lines]
 
 
+def same(run: Path, whole: Path) -> None:
+    """Losses, gradient norms and weights agree; the step's tokens exactly."""
+    np.testing.assert_allclose(metrics(run), metrics(whole), rtol=1e-3)
+    one, two = (load.load(folder / "model", torch.float32) for folder in (whole, run))
+    for name, parameter in one.named_parameters():
+        torch.testing.assert_close(two.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)
+
+
 def panda(*args: str, ranks: int = 1) -> list[str]:
     """A command line of `panda`, on several ranks by torchrun."""
     if ranks == 1:
@@ -169,18 +178,62 @@ def test_activation_checkpointing_does_not_matter(
     assert metrics(tmp_path / "run") == metrics(reference)
 
 
-def test_two_deepspeed_ranks_are_one_process(
+FAST = [(1, 2, 1)]  # ZeRO stage, ranks, rows of a micro batch; the rest are micro batches that add up
+SLOW = [(1, 1, 4), (1, 1, 1), (1, 2, 2), (1, 4, 1), (2, 2, 1), (2, 2, 2), (2, 4, 1), (3, 2, 1), (3, 2, 2), (3, 4, 1)]
+
+
+@pytest.mark.parametrize("split", [*FAST, *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW)], ids=str)
+def test_deepspeed_is_one_process(
+    split: tuple[int, int, int], demo_shards: Path, reference: Path, tmp_path: Path, write_yaml: WriteYaml
+) -> None:
+    """However a step of 4 rows is split over gloo ranks and micro batches: the 20 losses, and the weights, of one torch
+    process."""
+    stage, ranks, micro = split
+    zero_is_one_process(
+        f"deepspeed={{zero_optimization: {{stage: {stage}}}}}",
+        ranks,
+        micro,
+        demo_shards,
+        reference,
+        tmp_path,
+        write_yaml,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "offload",
+    [
+        "{stage: 2, offload_optimizer: {device: cpu}}",
+        "{stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}",
+    ],
+)
+def test_offload_is_one_process(
+    offload: str, demo_shards: Path, reference: Path, tmp_path: Path, write_yaml: WriteYaml
+) -> None:
+    zero_is_one_process(
+        f"deepspeed={{zero_optimization: {offload}}}", 2, 1, demo_shards, reference, tmp_path, write_yaml
+    )
+
+
+def zero_is_one_process(
+    setting: str, ranks: int, micro: int, shards: Path, reference: Path, tmp_path: Path, write_yaml: WriteYaml
+) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    conf = config(write_yaml, shards, tmp_path / "run", engine="deepspeed", micro_batch_size=micro)
+    done = subprocess.run(panda("train", conf, setting, ranks=ranks), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(tmp_path / "run", reference)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_the_model(
     demo_shards: Path, reference: Path, tmp_path: Path, write_yaml: WriteYaml
 ) -> None:
-    """20 steps of ZeRO-1 on 2 gloo ranks, 2 micro batches each, give the losses of one torch process."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    conf = config(write_yaml, demo_shards, tmp_path / "run", engine="deepspeed", micro_batch_size=1)
-    done = subprocess.run(panda("train", conf, ranks=2), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    np.testing.assert_allclose(metrics(tmp_path / "run"), metrics(reference), rtol=1e-3)
-    one, two = (load.load(run / "model", torch.float32) for run in (reference, tmp_path / "run"))
-    for name, parameter in one.named_parameters():
-        torch.testing.assert_close(two.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    train.run(config(write_yaml, demo_shards, tmp_path / "run", compile=True), [])
+    np.testing.assert_allclose(metrics(tmp_path / "run"), metrics(reference), rtol=1e-4)
 
 
 def test_bf16_master_weights_follow_fp32(
@@ -191,8 +244,8 @@ def test_bf16_master_weights_follow_fp32(
     np.testing.assert_allclose([m[1] for m in metrics(tmp_path / "run")], [m[1] for m in metrics(reference)], rtol=5e-3)
 
 
-def start_and_kill(command: list[str], out: Path, step: int) -> None:
-    """Runs a training until its metrics reach `step`, then kills it with SIGKILL."""
+def start_and_kill(command: list[str], out: Path, step: int, after: float) -> None:
+    """Runs a training until its metrics reach `step`, and `after` seconds more, then kills it with SIGKILL."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(log.read_metrics(out / "metrics.jsonl")) < step:
@@ -200,28 +253,33 @@ def start_and_kill(command: list[str], out: Path, step: int) -> None:
             process.kill()
             raise AssertionError(f"the run ended before step {step}: {process.communicate()[1][-2000:]}")
         time.sleep(0.005)
+    time.sleep(after)
+    assert process.poll() is None, "the run ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "kills"), [("fp32", 2), ("bf16", 2), pytest.param("bf16", 10, marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed_is_uninterrupted(
-    precision: str, demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml
+    precision: str, kills: int, demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml
 ) -> None:
-    """kill -9 at two random steps, the same command each time: metrics and weights identical to the undisturbed run."""
-    whole = config(write_yaml, demo_shards, tmp_path / "whole", precision=precision, max_steps=60)
+    """kill -9 at random moments, the same command each time: metrics and weights identical to the undisturbed run."""
+    steps = 30 * kills
+    whole = config(write_yaml, demo_shards, tmp_path / "whole", precision=precision, max_steps=steps, save_every=3)
     train.run(whole, [])
-    rng = np.random.default_rng()  # really random: the step is in the message
-    kills = sorted(int(k) for k in rng.choice(np.arange(2, 55), 2, replace=False))
+    rng = np.random.default_rng()  # really random: the steps are in the message
+    moments = sorted(int(k) for k in rng.choice(np.arange(2, steps - 8), kills, replace=False))
     out = tmp_path / "killed"
     command = panda("train", whole, f"out={out}")
-    for step in kills:
-        start_and_kill(command, out, step)
+    for step in moments:
+        start_and_kill(command, out, step, after=rng.random() * 0.05)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert metrics(out) == metrics(tmp_path / "whole"), f"killed at {kills}"
+    assert metrics(out) == metrics(tmp_path / "whole"), f"killed at {moments}"
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (out, tmp_path / "whole")]
-    assert weights[0] == weights[1], f"killed at {kills}"
+    assert weights[0] == weights[1], f"killed at {moments}"
 
 
 def test_deepspeed_resumes(demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml) -> None:
