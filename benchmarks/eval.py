@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
+from os.path import commonprefix
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -209,22 +210,47 @@ def print_ratio(key: Key, mine: Result, best: Result) -> None:
     )
 
 
-def print_differences(key: Key, mine: Result, theirs: Result) -> None:
+def print_differences(args: argparse.Namespace, key: Key, mine: Result, theirs: Result) -> None:
     """Every question that got another answer, and how near it was to a tie."""
     if mine.replies.keys() != theirs.replies.keys():
         sys.exit(f"{' '.join(key)}: the harness answered other questions than we did")
     pairs = {name: (reply, theirs.replies[name]) for name, reply in mine.replies.items()}
     apart = {name: pair for name, pair in pairs.items() if pair[0].pred != pair[1].pred}
-    beyond = sum(min(a.margin, b.margin) > TIE for a, b in apart.values())
+    margins = {name: min(a.margin, b.margin) for name, (a, b) in apart.items()}
+    if apart and key[1] == "generate":
+        margins = forks(args, key, apart)
+    beyond = sum(margin > TIE for margin in margins.values())
     gaps = [abs(x - y) for a, b in pairs.values() for x, y in zip(a.values, b.values, strict=True)]
     gap = f"; log-likelihoods at most {max(gaps):.1e} apart" if gaps else ""
     verdict = "met" if not beyond else "MISSED" if key[0] == "fp32" else "bf16, see the head of this file"
     print(f"  {len(apart)} of {len(pairs)} answers differ, {beyond} of them by more than a tie ({verdict}){gap}")
     for (question, rule), (a, b) in apart.items():
-        about = f"ours {a.output[:60]!r}, theirs {b.output[:60]!r}"
-        if a.values:
-            about = f"margins {a.margin:.2e} and {b.margin:.2e}"
-        print(f"    {question}{', ' + rule if rule else ''}: {a.pred} and {b.pred}; {about}")
+        about = f"margins {a.margin:.2e} and {b.margin:.2e}"
+        if not a.values:
+            about = f"margin {margins[question, rule]:.2e}; {a.output[:40]!r} and {b.output[:40]!r}"
+        print(f"    {question}{', ' + rule if rule else ''}: {a.pred} and {b.pred}; {about}", flush=True)
+
+
+def forks(
+    args: argparse.Namespace, key: Key, apart: dict[tuple[str, str], tuple[Reply, Reply]]
+) -> dict[tuple[str, str], float]:
+    """Where two texts part: the difference of their next tokens' log-likelihoods after what they share, by plain
+    Transformers in fp32, one by one. Texts are encoded again, so a token may be cut otherwise than it was written."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = args.model_args.removeprefix("pretrained=").split(",")[0]
+    words = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = {}
+    for name, pair in apart.items():
+        start = args.questions[key[2], key[1]][name[0]]["prompt"]
+        a, b = ([*words(start + reply.output)["input_ids"], words.eos_token_id] for reply in pair)
+        shared = commonprefix([a, b])  # of any sequences
+        with torch.inference_mode():
+            logits = model(torch.tensor([shared]), logits_to_keep=1).logits[0, -1]
+        found[name] = float((logits[a[len(shared)]] - logits[b[len(shared)]]).abs())
+    return found
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -239,7 +265,7 @@ def run_all(args: argparse.Namespace) -> None:
     for key in product(args.precisions, args.protocols, args.tasks):
         mine, theirs = attempts(args, key)
         done[key] = mine, theirs[0]
-        print_differences(key, mine, theirs[0])
+        print_differences(args, key, mine, theirs[0])
     print()
     for key, (mine, best) in done.items():
         print_ratio(key, mine, best)
