@@ -90,6 +90,18 @@ def stats(
     _print(figures, as_json, module.text(figures))
 
 
+@data_app.command(epilog="Example: panda data fetch c3-m --out eval")
+def fetch(
+    task: Annotated[str, typer.Argument(help="c3-d, c3-m, logiqa-v2 or logiqa-v2-en.")],
+    out: Annotated[Path, typer.Option(help="Folder to put the files in, for --data of panda eval.")],
+    as_json: AsJson = False,
+) -> None:
+    """A task's question files, from where their authors publish them; licences stay theirs and are said."""
+    from pandallm.evaluate import fetch as module
+
+    _print(module.run(task, out), as_json)
+
+
 @app.command(epilog="Example: panda train conf/demo/sft.yaml learning_rate=1e-4")
 def train(conf: str, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train a stage: pretraining or instruction tuning. After a kill the same command goes on."""
@@ -159,11 +171,22 @@ def _listed(text: str) -> list[str]:
 def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder, hub id or built-in name.")] = "",
-    task: Annotated[str, typer.Option(help="c3-d, c3-m, logiqa-v2; several with commas.")] = "",
+    task: Annotated[
+        str,
+        typer.Option(
+            help="c3-d, c3-m, logiqa-v2, logiqa-v2-en, cmmlu, ceval, agieval, gaokao; a subject: cmmlu/anatomy; or a"
+            " task of yours: mine.yaml. Several with commas."
+        ),
+    ] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files.")] = None,
-    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
+    split: Annotated[str, typer.Option(help="test, dev, train; val of ceval.")] = "test",
     protocol: Annotated[str, typer.Option(help="generate (the original's), choice; both with a comma.")] = "generate",
-    limit: Annotated[int | None, typer.Option(help="The first N questions of each task.")] = None,
+    wordings: Annotated[
+        str, typer.Option(help="original, all, or names with commas: the accuracy is the mean over them.")
+    ] = "original",
+    shots: Annotated[int, typer.Option(help="Show the first K questions of the train split, answered, before.")] = 0,
+    permute: Annotated[int, typer.Option(help="Ask each question with N orders of its options.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="The first N questions of each task or subject.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json and predictions.jsonl.")] = Path(),
     chat_format: Annotated[str | None, typer.Option(help="none, model (its own), or a format's name.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Bits per character of this file; may be repeated.")] = None,
@@ -190,6 +213,9 @@ def evaluate(
         text or [],
         batch_tokens,
         precision,
+        _listed(wordings),
+        shots,
+        permute,
     )
     _print(result, as_json)
 

@@ -6,6 +6,7 @@ OUT/report.md and OUT/report.html say the same; the page also has all prediction
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,8 +280,10 @@ def _subjects(found: list[Run]) -> Section:
     lines = [["model", "task", "protocol", "subject", "n", "accuracy %"]]
     for run in found:
         for (task, protocol), entry in run.entries.items():
-            for name, e in entry.get("subjects", {}).items():
-                lines.append([run.label, task, protocol, name, str(e["n"]), percent(e["accuracy"])])
+            ids = {(row.get("subject"), row["id"]) for row in run.rows[task, protocol]}
+            n = Counter(subject for subject, _ in ids)
+            for name, accuracy in entry.get("subjects", {}).items():
+                lines.append([run.label, task, protocol, name, str(n[name]), percent(accuracy)])
     return "By subject", [lines] if len(lines) > 1 else []
 
 

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pandallm import files, log, prompt, tokenizer
 from pandallm.config import UserError, read_text
-from pandallm.data.questions import WORDINGS, letter
-from pandallm.evaluate import report, runs, score
-from pandallm.evaluate import tasks as task_files
-from pandallm.evaluate.tasks import TASKS, Question
+from pandallm.data.questions import letter
+from pandallm.data.shards import Shards
+from pandallm.evaluate import report, runs, score, seen, variants
+from pandallm.evaluate.tasks import TASKS
+from pandallm.evaluate.variants import Asked
 from pandallm.model import load as models
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,56 +45,66 @@ def run(
     texts: Sequence[Path] = (),
     token_budget: int = 4096,
     precision: str = "auto",
+    wordings: Sequence[str] = ("original",),
+    shots: int = 0,
+    permute: int = 1,
+    training: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Evaluates a model and returns what it wrote to OUT/results.json.
 
-    `model`: folder, hub id or built-in name. `limit`: only so many questions of each task, the first. `chat_format`:
-    see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of a batch, padding counted.
-    `precision`: fp32, bf16, or auto (bf16 where the device computes in it).
+    `model`: folder, hub id or built-in name. `tasks`: see tasks.get. `limit`, `wordings`, `shots`, `permute`: see
+    variants.sets. `chat_format`: see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of
+    a batch, padding counted. `precision`: fp32, bf16, or auto (bf16 where the device computes in it). `training`: folders
+    of the shards the model was trained on; questions that stand in them are flagged.
     Raises UserError for every mistake in these, before the model is loaded, and if OUT holds another evaluation.
     """
     _check(tasks, data, protocols, limit, out, chat_format, texts, token_budget, precision)
-    questions = {task: task_files.load(task, data, split)[:limit] for task in tasks if data}
+    sets = variants.sets(tasks, data, split, limit, wordings, shots, permute)
     documents = {path.name: read_documents(path) for path in texts}
     folder = models.resolve(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if precision == "auto":
-        precision = "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
-    hashes = {task: files.hash_file(task_files.find(task, data, split)) for task in tasks if data}
+    precision = _precision(precision, device)
+    hashes = {name: part.data for name, part in sets.items()}
     hashes |= {path.name: files.hash_file(path) for path in texts}
     arguments = {
         "model": _hash_model(folder),
-        "tasks": {task: TASKS[task].version for task in tasks},
+        "tasks": {name: part.task.version for name, part in sets.items()},
         "texts": list(documents),
         "data": hashes,
         "split": split,
         "protocols": list(protocols),
-        "limit": limit,
         "chat_format": chat_format,
         "precision": precision,
-    }
+    } | {"limit": limit, "wordings": variants.wordings(wordings), "shots": shots, "permute": permute}
+    arguments["training"] = [Shards(folder).hash for folder in training]
     finished = _finished(out, arguments)
     if finished is not None:
         log.say(f"{out}: this evaluation is done already\n{report.table(finished)}")
         return finished
     started = time.monotonic()
+    flagged = seen.flags([a.question for part in sets.values() for a in part.asked], training)
     words = tokenizer.load(folder)
     used_format = score.use_format(words, chat_format)
     network = models.load(folder, PRECISIONS[precision]).eval()
     network.to(torch.device(device))
     results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}}
     rows: list[report.Row] = []
-    for task in tasks:
-        how = {"chat_format": used_format, "split": split, "data": hashes[task]}
-        results["tasks"][task] = _evaluate(network, words, questions[task], protocols, how, token_budget, rows)
+    how: dict[str, Any] = {"chat_format": used_format, "split": split, "shots": shots, "permute": permute}
+    for name, part in sets.items():
+        results["tasks"][name] = _evaluate(network, words, part, protocols, how, token_budget, rows, flagged)
     for name, found in documents.items():
-        progress = _progress(f"bits per character of {name}, windows")
-        bits = score.bits_per_character(network, words, found, token_budget=token_budget, progress=progress)
+        bits = _bits(network, words, name, found, token_budget)
         results["bits_per_character"][name] = bits | {"data": hashes[name]}
     results |= {"precision": precision, "device": device, "seconds": round(time.monotonic() - started, 1)}
     results |= {"arguments": arguments, "versions": log.versions(), "commit": log.commit()}
     _write(out, results, rows)
     return results
+
+
+def _precision(wanted: str, device: str) -> str:
+    if wanted != "auto":
+        return wanted
+    return "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
 
 
 def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
@@ -116,8 +127,6 @@ def _check(
     """Raises UserError for arguments that can't be meant."""
     if not tasks and not texts:
         raise UserError(f"nothing to evaluate: name tasks ({', '.join(TASKS)}) or texts")
-    if tasks and data is None:
-        raise UserError("the tasks' files: name the folder they lie in (--data)")
     for what, values, known in (
         ("protocol", protocols, score.PROTOCOLS),
         ("chat_format", [chat_format] if chat_format is not None else [], CHAT_FORMATS),
@@ -129,7 +138,7 @@ def _check(
     if tasks and not protocols:
         raise UserError(f"no protocol: name one of {', '.join(score.PROTOCOLS)}")
     names = [path.name for path in texts]
-    for what, given in (("task", tasks), ("protocol", protocols), ("text file", names)):
+    for what, given in (("protocol", protocols), ("text file", names)):
         for value, times in Counter(given).items():
             if times > 1:
                 raise UserError(f"{what} '{value}': given twice")
@@ -195,53 +204,71 @@ def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
 def _evaluate(
     network: PreTrainedModel,
     words: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
+    part: variants.Set,
     protocols: Sequence[str],
     how: dict[str, Any],
     token_budget: int,
     rows: list[report.Row],
+    flagged: set[tuple[str, str]] | None,
 ) -> dict[str, Any]:
     """A task's entry in results.json: the first protocol's figures, the others' below "protocols".
 
-    `how`: what every entry says of how it was made. The predictions are appended to `rows`.
+    `how`: what every entry says of how it was made. The predictions are appended to `rows`. `flagged`: (task, id) of the
+    questions seen in training, None where that wasn't asked.
     """
     room = int(network.config.max_position_embeddings) - score.MAX_NEW_TOKENS
-    asked = [(question, wording) for wording in WORDINGS for question in questions]
-    many = [question for question, _ in asked]
-    prompts = [score.build_prompt(words, how["chat_format"], question, wording, room) for question, wording in asked]
+    asked, task, chat_format = part.asked, part.task.name, how["chat_format"]
+    how = how | {"data": part.data} | ({"left_out": part.left_out} if part.left_out else {})
+    many = [a.question for a in asked]
+    prompts = [score.build_prompt(words, chat_format, a.question, a.wording, room, a.examples) for a in asked]
+    short = sum(p.shots < how["shots"] for p in prompts)
+    if short:
+        log.warn(f"{task}: {short} of {len(prompts)} prompts have fewer than {how['shots']} examples, for want of room")
     entries = {}
     for protocol in protocols:
         started = time.monotonic()
-        progress = _progress(f"{questions[0].task}, {protocol}")
+        progress = _progress(f"{task}, {protocol}")
         if protocol == "generate":
             answers = score.generate(network, words, many, prompts, token_budget, progress)
         else:
             answers = score.choice(network, words, many, prompts, how["chat_format"], token_budget, progress)
-        lines = [_row(q, w, protocol, p, a) for (q, w), p, a in zip(asked, prompts, answers, strict=True)]
+        lines = [_row(a, protocol, p, answer) for a, p, answer in zip(asked, prompts, answers, strict=True)]
+        if flagged is not None:
+            lines = [line | {"flagged": (line["task"], line["id"]) in flagged} for line in lines]
         rows += lines
         figures = report.summary(lines, protocol)
         entries[protocol] = figures | how | {"seconds": round(time.monotonic() - started, 1)}
+        entries[protocol] |= {"fewer_shots": short} if short else {}
         if figures["truncated"]:
-            log.warn(f"{questions[0].task}: {figures['truncated']} contexts were cut to the model's window")
+            log.warn(f"{task}: {figures['truncated']} contexts were cut to the model's window")
     first, *others = entries.values()
     return first | ({"protocols": {e["protocol"]: e for e in others}} if others else {})
 
 
-def _row(question: Question, wording: str, protocol: str, asked: score.Prompt, answer: score.Answer) -> report.Row:
-    """A line of predictions.jsonl; `pred` and `gold` are letters, `pred` null where the output has none."""
+def _bits(
+    network: PreTrainedModel, words: PreTrainedTokenizerBase, name: str, found: Sequence[str], token_budget: int
+) -> dict[str, Any]:
+    progress = _progress(f"bits per character of {name}, windows")
+    return score.bits_per_character(network, words, found, token_budget=token_budget, progress=progress)
+
+
+def _row(asked: Asked, protocol: str, read: score.Prompt, answer: score.Answer) -> report.Row:
+    """A line of predictions.jsonl; `pred` and `gold` are letters as shown, `pred` null where the output has none."""
+    question = asked.question
     row = {
         "task": question.task,
         "id": question.id,
-        "wording": wording,
+        "wording": asked.wording,
         "protocol": protocol,
-        "prompt": asked.text,
+        "prompt": read.text,
         "output": answer.output,
         "pred": None if answer.pred is None else letter(answer.pred),
         "gold": letter(question.gold),
         "options": len(question.options),
         "correct": answer.pred == question.gold,
-        "truncated": asked.truncated,
+        "truncated": read.truncated,
     }
+    row |= asked.fields() | ({"shots": read.shots} if asked.examples else {})
     return row | ({"log_likelihoods": list(answer.log_likelihoods)} if answer.log_likelihoods else {})
 
 
