@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,7 @@ from pandallm.config import UserError
 from pandallm.evaluate import charts, checkpoints, page, publish, report, runs, score, statistics, tasks
 from pandallm.evaluate import run as evaluation
 from pandallm.evaluate.report import Row
+from pandallm.model import load
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
@@ -469,3 +471,25 @@ def test_models_of_a_run(tmp_path: Path) -> None:
     files.write_json(tmp_path / "run.json", [])
     with pytest.raises(UserError, match="damaged"):
         checkpoints.models_of(tmp_path)
+
+
+def test_every_checkpoint_is_evaluated_once(
+    tmp_path: Path, planted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "sft"
+    for step in (10, 20):
+        shutil.copytree(load.resolve("tiny"), run / "checkpoints" / f"step-{step:08d}" / "model")
+        files.write_json(run / "checkpoints" / f"step-{step:08d}" / "complete.json", {})
+    files.write_json(run / "run.json", {"finished": False, "steps": 30})
+    scripted(monkeypatch, right_with(0.5, 1))
+    line = ["eval", "--checkpoints", str(run), "--task", "c3-m", "--data", str(planted), "--split", "dev", "--json"]
+    line += ["--out", str(tmp_path / "evals")]
+    done = CliRunner().invoke(cli.app, line)
+    assert done.exit_code == 0, done.output
+    assert list(json.loads(done.stdout.splitlines()[-1])) == ["step-00000010", "step-00000020"]
+    monkeypatch.setattr(load, "load", lambda *a, **k: pytest.fail("loaded"))
+    assert CliRunner().invoke(cli.app, line).exit_code == 0
+    result = publish.write([tmp_path / "evals"], tmp_path / "out")
+    assert len(result["runs"]) == 2 and "steps.png" in result["files"]
+    for wrong in (["--model", "tiny"], ["--out", "."]):
+        assert isinstance(CliRunner().invoke(cli.app, [*line, *wrong]).exception, UserError)

@@ -54,57 +54,61 @@ def run(
 
     `model`: folder, hub id or built-in name. `tasks`: see tasks.get. `limit`, `wordings`, `shots`, `permute`: see
     variants.sets. `chat_format`: see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of
-    a batch, padding counted. `precision`: fp32, bf16, or auto (bf16 where the device computes in it). `training`: folders
-    of the shards the model was trained on; questions that stand in them are flagged.
-    Raises UserError for every mistake in these, before the model is loaded, and if OUT holds another evaluation.
+    a batch, padding counted. `precision`: fp32, bf16, or auto (bf16 where the device computes in it). `training`: see
+    seen.flags. Raises UserError for every mistake in these, before the model is loaded, and if OUT is another run's.
     """
     _check(tasks, data, protocols, limit, out, chat_format, texts, token_budget, precision)
     sets = variants.sets(tasks, data, split, limit, wordings, shots, permute)
     documents = {path.name: read_documents(path) for path in texts}
     folder = models.resolve(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = _precision(precision, device)
+    device, precision = _where(precision)
     hashes = {name: part.data for name, part in sets.items()}
     hashes |= {path.name: files.hash_file(path) for path in texts}
+    how: dict[str, Any] = {"split": split, "shots": shots, "permute": permute}
     arguments = {
         "model": _hash_model(folder),
         "tasks": {name: part.task.version for name, part in sets.items()},
         "texts": list(documents),
         "data": hashes,
-        "split": split,
         "protocols": list(protocols),
         "chat_format": chat_format,
         "precision": precision,
-    } | {"limit": limit, "wordings": variants.wordings(wordings), "shots": shots, "permute": permute}
-    arguments["training"] = [Shards(folder).hash for folder in training]
+        "limit": limit,
+        "wordings": variants.wordings(wordings),
+        "training": [Shards(folder).hash for folder in training],
+    } | how
     finished = _finished(out, arguments)
     if finished is not None:
-        log.say(f"{out}: this evaluation is done already\n{report.table(finished)}")
         return finished
     started = time.monotonic()
     flagged = seen.flags([a.question for part in sets.values() for a in part.asked], training)
     words = tokenizer.load(folder)
-    used_format = score.use_format(words, chat_format)
-    network = models.load(folder, PRECISIONS[precision]).eval()
-    network.to(torch.device(device))
+    how["chat_format"] = score.use_format(words, chat_format)
+    network = _load(folder, precision, device)
     results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}}
     rows: list[report.Row] = []
-    how: dict[str, Any] = {"chat_format": used_format, "split": split, "shots": shots, "permute": permute}
     for name, part in sets.items():
         results["tasks"][name] = _evaluate(network, words, part, protocols, how, token_budget, rows, flagged)
     for name, found in documents.items():
-        bits = _bits(network, words, name, found, token_budget)
-        results["bits_per_character"][name] = bits | {"data": hashes[name]}
+        results["bits_per_character"][name] = {"data": hashes[name]} | _bits(network, words, name, found, token_budget)
     results |= {"precision": precision, "device": device, "seconds": round(time.monotonic() - started, 1)}
     results |= {"arguments": arguments, "versions": log.versions(), "commit": log.commit()}
     _write(out, results, rows)
     return results
 
 
-def _precision(wanted: str, device: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
+def _load(folder: Path, precision: str, device: str) -> PreTrainedModel:
+    network = models.load(folder, PRECISIONS[precision]).eval()
+    network.to(torch.device(device))
+    return network
+
+
+def _where(precision: str) -> tuple[str, str]:
+    """Device and precision to compute in."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
+    return device, precision
 
 
 def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
@@ -198,6 +202,7 @@ def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
         if before.get(key) != value:
             shown = "" if key in ("model", "data") else f" ({before.get(key)}, now {value})"
             raise UserError(f"{out}: holds an evaluation with another {key}{shown}; choose another --out")
+    log.say(f"{out}: this evaluation is done already\n{report.table(results)}")
     return results
 
 
@@ -213,8 +218,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """A task's entry in results.json: the first protocol's figures, the others' below "protocols".
 
-    `how`: what every entry says of how it was made. The predictions are appended to `rows`. `flagged`: (task, id) of the
-    questions seen in training, None where that wasn't asked.
+    `how`: what every entry says of how it was made. The predictions are appended to `rows`. `flagged`: see seen.flags.
     """
     room = int(network.config.max_position_embeddings) - score.MAX_NEW_TOKENS
     asked, task, chat_format = part.asked, part.task.name, how["chat_format"]
