@@ -186,8 +186,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
     monkeypatch.setattr(score, "choice", choice)
 
 
-def evaluate(planted: Path, out: Path, protocols: Sequence[str] = ("generate",)) -> dict[str, Any]:
-    results = evaluation.run("tiny", ["c3-m"], planted, "dev", list(protocols), None, out, precision="fp32")
+def evaluate(planted: Path, out: Path, protocols: Sequence[str] = ("generate",), **changes: Any) -> dict[str, Any]:
+    arguments = {"limit": None, "precision": "fp32"} | changes
+    results = evaluation.run("tiny", ["c3-m"], planted, "dev", list(protocols), out=out, **arguments)
     return results["tasks"]["c3-m"]
 
 
@@ -234,6 +235,21 @@ def test_oracle_biased_to_a(planted: Path, tmp_path: Path, monkeypatch: pytest.M
         distances.append(1 - gold[0])  # what must move away from A
     assert bias["total_variation"] == pytest.approx(sum(distances) / 3)
     assert bias["accuracy_spread"] == 1.0
+
+
+def test_every_order_of_the_options_undoes_a_bias(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 orders: all of 4 options once, of 3 four times, of 2 twelve times. Always A is then right as often as chance."""
+    scripted(monkeypatch, lambda i: "A")
+    entry = evaluate(planted, tmp_path / "out", limit=24, permute=24, wordings=["all"])
+    assert entry["n"] == 24 and len(entry["wordings"]) >= 8 and entry["accuracy_std"] == 0.0
+    assert entry["accuracy"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3) == entry["chance"]
+    assert entry["accuracy_as_given"] == pytest.approx(sum(gold_of(i) == 0 for i in range(24)) / 24)
+    assert entry["ci95"] == pytest.approx(statistics.wilson(24 * entry["accuracy"], 24))  # questions, not rows
+    bias = entry["position_bias"]
+    assert bias["total_variation"] == pytest.approx((1 / 2 + 2 / 3 + 3 / 4) / 3) and bias["accuracy_spread"] == 1.0
+    assert [bias["by_options"][k]["gold"] for k in "234"] == [pytest.approx([1 / n] * n) for n in (2, 3, 4)]
 
 
 def test_silent_oracle(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,6 +445,9 @@ def test_bad_arguments(tmp_path: Path) -> None:
         publish.write([run, tmp_path / "x" / ".." / "run"], tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
         publish.write([tmp_path / "nowhere"], tmp_path / "out")
+    files.write_json(tmp_path / "sft" / "run.json", {})
+    with pytest.raises(UserError, match="panda eval --checkpoints"):
+        publish.write([tmp_path / "sft"], tmp_path / "out")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another --out"):
         publish.write([run], tmp_path / "file" / "out")

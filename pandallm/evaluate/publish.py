@@ -80,6 +80,8 @@ def _expanded(folders: Sequence[Path]) -> list[Path]:
         inner = sorted(path.parent for path in folder.glob("step-*/results.json"))
         if not (folder / "results.json").exists() and inner:
             found += inner
+        elif (folder / "run.json").exists() and not (folder / "results.json").exists():
+            raise UserError(f"{folder}: a training run; evaluate it first: panda eval --checkpoints {folder} --out DIR")
         else:
             found.append(folder)
     if not found:
