@@ -169,11 +169,11 @@ Script = Callable[[int], str]  # number of a question -> what the model writes
 def scripted(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
     """Models that write what the script says; all else is the real path."""
 
-    def generate(model: Any, words: Any, questions: Sequence[tasks.Question], *rest: Any) -> list[score.Answer]:
+    def generate(model: Any, words: Any, questions: Sequence[tasks.Question], *_: Any, **__: Any) -> Any:
         outputs = [script(int(q.id.removeprefix("q").removesuffix("-0"))) for q in questions]
         return [score.Answer(o, tasks.parse_letter(o, len(q.options))) for o, q in zip(outputs, questions, strict=True)]
 
-    def choice(model: Any, words: Any, questions: Sequence[tasks.Question], *rest: Any) -> list[score.Answer]:
+    def choice(model: Any, words: Any, questions: Sequence[tasks.Question], *_: Any, **__: Any) -> Any:
         answers = []
         for q in questions:
             letter = script(int(q.id.removeprefix("q").removesuffix("-0")))
@@ -240,7 +240,7 @@ def test_oracle_biased_to_a(planted: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_every_order_of_the_options_undoes_a_bias(
     planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """24 orders: all of 4 options once, of 3 four times, of 2 twelve times. Always A is then right as often as chance."""
+    """24 orders: all of 4 options once, of 3 four times, of 2 twelve times. Always A is then right by chance."""
     scripted(monkeypatch, lambda i: "A")
     entry = evaluate(planted, tmp_path / "out", limit=24, permute=24, wordings=["all"])
     assert entry["n"] == 24 and len(entry["wordings"]) >= 8 and entry["accuracy_std"] == 0.0
@@ -343,7 +343,8 @@ def made_run(folder: Path, model: str, right: int, n: int = 20, **changes: Any) 
     tasks = {name: report.summary([r for r in rows if r["task"] == name], "generate") for name in ("c3-m", "logiqa-v2")}
     results = {"model": model, "tasks": tasks | {"mine": report.summary(rows[2 * n :], "generate")}}
     files.write_text(folder / "predictions.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    files.write_json(folder / "results.json", results | {"bits_per_character": {}, "commit": None})
+    bits = {"a.txt": {"bits_per_character": 7.25, "characters": 10, "tokens": 20, "bits": 72.5}}
+    files.write_json(folder / "results.json", results | {"bits_per_character": bits, "commit": None})
     return folder
 
 
@@ -361,6 +362,7 @@ def test_report(tmp_path: Path) -> None:
     assert head == "| model | protocol | LogiQA-v2 | C3-d | C3-m | mine |"
     assert "| Panda-Instruct-7B, step 9000 (published) | generate | 31.93 | 47.30 | 57.04 |  |" in text
     assert f"| some/model ({b}) | generate | 75.00 (53.1 … 88.8) |  | 75.00 (53.1 … 88.8) |".replace("_", "\\_") in text
+    assert "| some/model " in text.split("## Bits per character")[1] and "| 7.2500 |" in text
     assert "B is better than A by 50.0 points" in text and "![accuracy](accuracy.png)" in text
     parser = checked(tmp_path / "out" / "report.html")
     assert "Panda-7B (published)" in parser.cells

@@ -143,7 +143,7 @@ def _sections(found: list[Run], out: Path) -> list[Section]:
     for name in PICTURES:  # of an earlier report
         (out / name).unlink(missing_ok=True)
     sections = [_overview(found, keys, out), _steps(found, keys, out), _comparison(found)]
-    sections += [_details(found), _wordings(found), _positions(found), _subjects(found), _made(found)]
+    sections += [_details(found), _wordings(found), _positions(found), _subjects(found), _bits(found), _made(found)]
     return [section for section in sections if len(section[1])]
 
 
@@ -287,6 +287,16 @@ def _subjects(found: list[Run]) -> Section:
             for name, accuracy in entry.get("subjects", {}).items():
                 lines.append([run.label, task, protocol, name, str(n[name]), percent(accuracy)])
     return "By subject", [lines] if len(lines) > 1 else []
+
+
+def _bits(found: list[Run]) -> Section:
+    """Bits per character of texts, a column each."""
+    texts = list(dict.fromkeys(name for run in found for name in run.results.get("bits_per_character", {})))
+    lines = [["model", *texts]]
+    for run in found:
+        told = run.results.get("bits_per_character", {})
+        lines.append([run.label, *(f"{told[t]['bits_per_character']:.4f}" if t in told else "" for t in texts)])
+    return "Bits per character", ["Lower is better.", lines] if texts else []
 
 
 def _made(found: list[Run]) -> Section:
