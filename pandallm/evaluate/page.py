@@ -91,7 +91,7 @@ STYLE = """
 --bad:#c0392b;--warn:#9a5b00}
 @media(prefers-color-scheme:dark){:root{--back:#14171a;--ink:#e4e7ea;--soft:#98a1aa;--line:#2c3238;--mark:#242a30;
 --good:#5cc48d;--bad:#ef7b6e;--warn:#e0a54a}}
-*{box-sizing:border-box}
+*{box-sizing:border-box}[hidden]{display:none!important}
 body{margin:0 auto;max-width:78rem;padding:1.5rem 1.25rem 3rem;background:var(--back);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",sans-serif;
 font-variant-numeric:tabular-nums}
@@ -175,6 +175,10 @@ function filter() {
   const hit = text ? lower.map(other => other.includes(text)) : null;
   found = data.rows.filter((row, i) => want.every(([place, value]) => row[place] === value) && test(row, i)
     && (!hit || hit[row[at.prompt]] || hit[row[at.output]] || String(row[at.id]).toLowerCase().includes(text)));
+  if (form.verdict.value === 'differ') {  // answers to the same question side by side
+    const places = new Map([...sides.keys()].map((key, i) => [key, i]));
+    found = found.map(row => [places.get(keyOf(row)), row]).sort((a, b) => a[0] - b[0]).map(pair => pair[1]);
+  }
   shown = 0;
   list.replaceChildren();
   more();
