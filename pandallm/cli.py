@@ -162,7 +162,9 @@ def evaluate(
     task: Annotated[str, typer.Option(help="c3-d, c3-m, logiqa-v2; several with commas.")] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files.")] = None,
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
-    protocol: Annotated[str, typer.Option(help="generate (the original's), choice; both with a comma.")] = "generate",
+    protocol: Annotated[
+        str, typer.Option(help="generate (the original's), choice, cloze; several with commas.")
+    ] = "generate",
     limit: Annotated[int | None, typer.Option(help="The first N questions of each task.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json and predictions.jsonl.")] = Path(),
     chat_format: Annotated[str | None, typer.Option(help="none, model (its own), or a format's name.")] = None,

@@ -19,6 +19,12 @@ def letter(index: int) -> str:
 
 
 def text_of(context: str, question: str, options: Sequence[str], wording: str = "original") -> str:
-    """The text that asks a question, ending where the answer begins. `wording`: a key of WORDINGS."""
+    """The text that asks a question, ending where the answer begins. `wording`: a key of WORDINGS.
+
+    Without options, the wording's paragraph that lists them is left out.
+    """
+    wanted = WORDINGS[wording]
+    if not options:
+        wanted = "\n\n".join(part for part in wanted.split("\n\n") if "{options}" not in part)
     listed = "\n".join(f"{letter(i)}: {option}" for i, option in enumerate(options))
-    return WORDINGS[wording].format(context=context, question=question, options=listed)
+    return wanted.format(context=context, question=question, options=listed)

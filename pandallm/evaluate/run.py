@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHAT_FORMATS = ("none", "model", *prompt.TEMPLATES)
 # The files of a model folder that decide its answers.
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "tokenizer*", "special_tokens*", "*.jinja")
+SECOND = {"generate": "pred_strict", "cloze": "pred_norm"}  # what a protocol's other rule is called in a row
 SAY_EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -205,18 +207,19 @@ def _evaluate(
 
     `how`: what every entry says of how it was made. The predictions are appended to `rows`.
     """
-    room = int(network.config.max_position_embeddings) - score.MAX_NEW_TOKENS
+    window = int(network.config.max_position_embeddings)
     asked = [(question, wording) for wording in WORDINGS for question in questions]
     many = [question for question, _ in asked]
-    prompts = [score.build_prompt(words, how["chat_format"], question, wording, room) for question, wording in asked]
     entries = {}
     for protocol in protocols:
         started = time.monotonic()
         progress = _progress(f"{questions[0].task}, {protocol}")
+        prompts = [_prompt(words, how["chat_format"], q, wording, protocol, window) for q, wording in asked]
         if protocol == "generate":
             answers = score.generate(network, words, many, prompts, token_budget, progress)
         else:
-            answers = score.choice(network, words, many, prompts, how["chat_format"], token_budget, progress)
+            likeliest = score.choice if protocol == "choice" else score.cloze
+            answers = likeliest(network, words, many, prompts, how["chat_format"], token_budget, progress)
         lines = [_row(q, w, protocol, p, a) for (q, w), p, a in zip(asked, prompts, answers, strict=True)]
         rows += lines
         figures = report.summary(lines, protocol)
@@ -225,6 +228,18 @@ def _evaluate(
             log.warn(f"{questions[0].task}: {figures['truncated']} contexts were cut to the model's window")
     first, *others = entries.values()
     return first | ({"protocols": {e["protocol"]: e for e in others}} if others else {})
+
+
+def _prompt(
+    words: PreTrainedTokenizerBase, chat_format: str, question: Question, wording: str, protocol: str, window: int
+) -> score.Prompt:
+    """A question as a protocol asks it, cut so that the model's window has room for the answer."""
+    room = score.MAX_NEW_TOKENS
+    if protocol == "cloze":
+        options = words(list(question.options), add_special_tokens=False)["input_ids"]
+        room = max(map(len, options)) + 8  # the blank before it, and what a tokenizer may add
+        question = replace(question, options=())
+    return score.build_prompt(words, chat_format, question, wording, window - room)
 
 
 def _row(question: Question, wording: str, protocol: str, asked: score.Prompt, answer: score.Answer) -> report.Row:
@@ -241,6 +256,8 @@ def _row(question: Question, wording: str, protocol: str, asked: score.Prompt, a
         "correct": answer.pred == question.gold,
         "truncated": asked.truncated,
     }
+    if second := SECOND.get(protocol):
+        row[second] = None if answer.second is None else letter(answer.second)
     return row | ({"log_likelihoods": list(answer.log_likelihoods)} if answer.log_likelihoods else {})
 
 

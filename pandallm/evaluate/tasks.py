@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,16 @@ def parse_letter(output: str, n_options: int) -> int | None:
     more than four options, which the original had none of, get as many letters as options. None: no letter, so wrong.
     """
     found = re.search(f"[A-{letter(max(n_options, 4) - 1)}]", output)
+    return ord(found.group()) - ord("A") if found else None
+
+
+def parse_strict(output: str, n_options: int) -> int | None:
+    """Index of the option an output names, by a stricter rule: the first letter of an option that stands alone.
+
+    "Answer: B" is B; full-width letters count; letters inside a word, or of no option, don't.
+    """
+    text = unicodedata.normalize("NFKC", output)
+    found = re.search(f"(?<![A-Za-z0-9])[A-{letter(n_options - 1)}](?![A-Za-z0-9])", text)
     return ord(found.group()) - ord("A") if found else None
 
 
