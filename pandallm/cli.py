@@ -159,13 +159,24 @@ def _listed(text: str) -> list[str]:
 def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder, hub id or built-in name.")] = "",
-    task: Annotated[str, typer.Option(help="c3-d, c3-m, logiqa-v2; several with commas.")] = "",
+    task: Annotated[
+        str,
+        typer.Option(
+            help="c3-d, c3-m, logiqa-v2, logiqa-v2-en, cmmlu, ceval, agieval, gaokao; a subject: cmmlu/anatomy; or a"
+            " task of yours: mine.yaml. Several with commas."
+        ),
+    ] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files.")] = None,
-    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
+    split: Annotated[str, typer.Option(help="test, dev, train; val of ceval.")] = "test",
     protocol: Annotated[
         str, typer.Option(help="generate (the original's), choice, cloze; several with commas.")
     ] = "generate",
-    limit: Annotated[int | None, typer.Option(help="The first N questions of each task.")] = None,
+    wordings: Annotated[
+        str, typer.Option(help="original, all, or names with commas: the accuracy is the mean over them.")
+    ] = "original",
+    shots: Annotated[int, typer.Option(help="Show the first K questions of the train split, answered, before.")] = 0,
+    permute: Annotated[int, typer.Option(help="Ask each question with N orders of its options.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="The first N questions of each task or subject.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json and predictions.jsonl.")] = Path(),
     chat_format: Annotated[str | None, typer.Option(help="none, model (its own), or a format's name.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Bits per character of this file; may be repeated.")] = None,
@@ -192,6 +203,9 @@ def evaluate(
         text or [],
         batch_tokens,
         precision,
+        _listed(wordings),
+        shots,
+        permute,
     )
     _print(result, as_json)
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pandallm import files, log, prompt, tokenizer
 from pandallm.config import UserError, read_text
-from pandallm.data.questions import WORDINGS, letter
-from pandallm.evaluate import report, score
-from pandallm.evaluate import tasks as task_files
-from pandallm.evaluate.tasks import TASKS, Question
+from pandallm.data.questions import letter
+from pandallm.evaluate import report, score, variants
+from pandallm.evaluate.tasks import TASKS
+from pandallm.evaluate.variants import Asked
 from pandallm.model import load as models
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,34 +46,35 @@ def run(
     texts: Sequence[Path] = (),
     token_budget: int = 4096,
     precision: str = "auto",
+    wordings: Sequence[str] = ("original",),
+    shots: int = 0,
+    permute: int = 1,
 ) -> dict[str, Any]:
     """Evaluates a model and returns what it wrote to OUT/results.json.
 
-    `model`: folder, hub id or built-in name. `limit`: only so many questions of each task, the first. `chat_format`:
-    see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of a batch, padding counted.
-    `precision`: fp32, bf16, or auto (bf16 where the device computes in it).
+    `model`: folder, hub id or built-in name. `tasks`: see tasks.get. `limit`, `wordings`, `shots`, `permute`: see
+    variants.sets. `chat_format`: see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of
+    a batch, padding counted. `precision`: fp32, bf16, or auto (bf16 where the device computes in it).
     Raises UserError for every mistake in these, before the model is loaded, and if OUT holds another evaluation.
     """
     _check(tasks, data, protocols, limit, out, chat_format, texts, token_budget, precision)
-    questions = {task: task_files.load(task, data, split)[:limit] for task in tasks if data}
+    sets = variants.sets(tasks, data, split, limit, wordings, shots, permute)
     documents = {path.name: read_documents(path) for path in texts}
     folder = models.resolve(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if precision == "auto":
-        precision = "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
-    hashes = {task: files.hash_file(task_files.find(task, data, split)) for task in tasks if data}
+    precision = _precision(precision, device)
+    hashes = {name: part.data for name, part in sets.items()}
     hashes |= {path.name: files.hash_file(path) for path in texts}
     arguments = {
         "model": _hash_model(folder),
-        "tasks": {task: TASKS[task].version for task in tasks},
+        "tasks": {name: part.task.version for name, part in sets.items()},
         "texts": list(documents),
         "data": hashes,
         "split": split,
         "protocols": list(protocols),
-        "limit": limit,
         "chat_format": chat_format,
         "precision": precision,
-    }
+    } | {"limit": limit, "wordings": variants.wordings(wordings), "shots": shots, "permute": permute}
     finished = _finished(out, arguments)
     if finished is not None:
         log.say(f"{out}: this evaluation is done already\n{report.table(finished)}")
@@ -85,17 +86,22 @@ def run(
     network.to(torch.device(device))
     results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}}
     rows: list[report.Row] = []
-    for task in tasks:
-        how = {"chat_format": used_format, "split": split, "data": hashes[task]}
-        results["tasks"][task] = _evaluate(network, words, questions[task], protocols, how, token_budget, rows)
+    how: dict[str, Any] = {"chat_format": used_format, "split": split, "shots": shots, "permute": permute}
+    for name, part in sets.items():
+        results["tasks"][name] = _evaluate(network, words, part, protocols, how, token_budget, rows)
     for name, found in documents.items():
-        progress = _progress(f"bits per character of {name}, windows")
-        bits = score.bits_per_character(network, words, found, token_budget=token_budget, progress=progress)
+        bits = _bits(network, words, name, found, token_budget)
         results["bits_per_character"][name] = bits | {"data": hashes[name]}
     results |= {"precision": precision, "device": device, "seconds": round(time.monotonic() - started, 1)}
     results |= {"arguments": arguments, "versions": log.versions(), "commit": log.commit()}
     _write(out, results, rows)
     return results
+
+
+def _precision(wanted: str, device: str) -> str:
+    if wanted != "auto":
+        return wanted
+    return "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
 
 
 def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
@@ -118,8 +124,6 @@ def _check(
     """Raises UserError for arguments that can't be meant."""
     if not tasks and not texts:
         raise UserError(f"nothing to evaluate: name tasks ({', '.join(TASKS)}) or texts")
-    if tasks and data is None:
-        raise UserError("the tasks' files: name the folder they lie in (--data)")
     for what, values, known in (
         ("protocol", protocols, score.PROTOCOLS),
         ("chat_format", [chat_format] if chat_format is not None else [], CHAT_FORMATS),
@@ -131,7 +135,7 @@ def _check(
     if tasks and not protocols:
         raise UserError(f"no protocol: name one of {', '.join(score.PROTOCOLS)}")
     names = [path.name for path in texts]
-    for what, given in (("task", tasks), ("protocol", protocols), ("text file", names)):
+    for what, given in (("protocol", protocols), ("text file", names)):
         for value, times in Counter(given).items():
             if times > 1:
                 raise UserError(f"{what} '{value}': given twice")
@@ -197,7 +201,7 @@ def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
 def _evaluate(
     network: PreTrainedModel,
     words: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
+    part: variants.Set,
     protocols: Sequence[str],
     how: dict[str, Any],
     token_budget: int,
@@ -208,56 +212,78 @@ def _evaluate(
     `how`: what every entry says of how it was made. The predictions are appended to `rows`.
     """
     window = int(network.config.max_position_embeddings)
-    asked = [(question, wording) for wording in WORDINGS for question in questions]
-    many = [question for question, _ in asked]
+    asked, task, chat_format = part.asked, part.task.name, how["chat_format"]
+    how = how | {"data": part.data} | ({"left_out": part.left_out} if part.left_out else {})
+    many = [a.question for a in asked]
     entries = {}
     for protocol in protocols:
         started = time.monotonic()
-        progress = _progress(f"{questions[0].task}, {protocol}")
-        prompts = [_prompt(words, how["chat_format"], q, wording, protocol, window) for q, wording in asked]
+        progress = _progress(f"{task}, {protocol}")
+        prompts = [_prompt(words, chat_format, a, protocol, window) for a in asked]
+        short = sum(p.shots < how["shots"] for p in prompts)
+        if short:
+            log.warn(f"{task}: {short} of {len(prompts)} prompts show fewer than {how['shots']} examples: no room")
         if protocol == "generate":
             answers = score.generate(network, words, many, prompts, token_budget, progress)
         else:
             likeliest = score.choice if protocol == "choice" else score.cloze
-            answers = likeliest(network, words, many, prompts, how["chat_format"], token_budget, progress)
-        lines = [_row(q, w, protocol, p, a) for (q, w), p, a in zip(asked, prompts, answers, strict=True)]
+            answers = likeliest(network, words, many, prompts, chat_format, token_budget, progress)
+        lines = [_row(a, protocol, p, answer) for a, p, answer in zip(asked, prompts, answers, strict=True)]
         rows += lines
-        figures = report.summary(lines, protocol)
+        figures = report.summary(lines, protocol) | _by_subject(lines)
         entries[protocol] = figures | how | {"seconds": round(time.monotonic() - started, 1)}
+        entries[protocol] |= {"fewer_shots": short} if short else {}
         if figures["truncated"]:
-            log.warn(f"{questions[0].task}: {figures['truncated']} contexts were cut to the model's window")
+            log.warn(f"{task}: {figures['truncated']} contexts were cut to the model's window")
     first, *others = entries.values()
     return first | ({"protocols": {e["protocol"]: e for e in others}} if others else {})
 
 
-def _prompt(
-    words: PreTrainedTokenizerBase, chat_format: str, question: Question, wording: str, protocol: str, window: int
-) -> score.Prompt:
+def _prompt(words: PreTrainedTokenizerBase, chat_format: str, asked: Asked, protocol: str, window: int) -> score.Prompt:
     """A question as a protocol asks it, cut so that the model's window has room for the answer."""
-    room = score.MAX_NEW_TOKENS
+    question, room = asked.question, score.MAX_NEW_TOKENS
     if protocol == "cloze":
         options = words(list(question.options), add_special_tokens=False)["input_ids"]
         room = max(map(len, options)) + 8  # the blank before it, and what a tokenizer may add
         question = replace(question, options=())
-    return score.build_prompt(words, chat_format, question, wording, window - room)
+    return score.build_prompt(words, chat_format, question, asked.wording, window - room, asked.examples)
 
 
-def _row(question: Question, wording: str, protocol: str, asked: score.Prompt, answer: score.Answer) -> report.Row:
-    """A line of predictions.jsonl; `pred` and `gold` are letters, `pred` null where the output has none."""
+def _by_subject(lines: Sequence[report.Row]) -> dict[str, Any]:
+    """Accuracy of each subject, and their mean, where a task has subjects."""
+    right: dict[str, list[bool]] = {}
+    for row in lines:
+        if "subject" in row:
+            right.setdefault(row["subject"], []).append(row["correct"])
+    means = {subject: sum(correct) / len(correct) for subject, correct in right.items()}
+    return {"subjects": means, "subjects_mean": sum(means.values()) / len(means)} if means else {}
+
+
+def _bits(
+    network: PreTrainedModel, words: PreTrainedTokenizerBase, name: str, found: Sequence[str], token_budget: int
+) -> dict[str, Any]:
+    progress = _progress(f"bits per character of {name}, windows")
+    return score.bits_per_character(network, words, found, token_budget=token_budget, progress=progress)
+
+
+def _row(asked: Asked, protocol: str, read: score.Prompt, answer: score.Answer) -> report.Row:
+    """A line of predictions.jsonl; `pred` and `gold` are letters as shown, `pred` null where the output has none."""
+    question = asked.question
     row = {
         "task": question.task,
         "id": question.id,
-        "wording": wording,
+        "wording": asked.wording,
         "protocol": protocol,
-        "prompt": asked.text,
+        "prompt": read.text,
         "output": answer.output,
         "pred": None if answer.pred is None else letter(answer.pred),
         "gold": letter(question.gold),
         "correct": answer.pred == question.gold,
-        "truncated": asked.truncated,
+        "truncated": read.truncated,
     }
     if second := SECOND.get(protocol):
         row[second] = None if answer.second is None else letter(answer.second)
+    row |= asked.fields() | ({"shots": read.shots} if asked.examples else {})
     return row | ({"log_likelihoods": list(answer.log_likelihoods)} if answer.log_likelihoods else {})
 
 
@@ -322,7 +348,9 @@ def _predictions(out: Path) -> dict[tuple[str, str], list[report.Row]]:
 
 def _same_questions(task: str, a: list[report.Row], b: list[report.Row], run_a: Path, run_b: Path) -> None:
     """Raises UserError unless both runs answered the same questions in the same wordings."""
-    asked_a, asked_b = ({(row["id"], row["wording"], row["gold"]) for row in rows} for rows in (a, b))
+    asked_a, asked_b = (
+        {(row["id"], row["wording"], row["gold"], tuple(row.get("order", ()))) for row in rows} for rows in (a, b)
+    )
     odd = sorted(asked_a ^ asked_b)
     if odd:
         where = run_a if odd[0] in asked_a else run_b

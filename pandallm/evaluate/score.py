@@ -33,11 +33,15 @@ Progress = Callable[[int, int], None]  # is called with what is done and how muc
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads: the text with its format's marks, and its ids. `truncated`: the context was cut."""
+    """What the model reads: the text with its format's marks, and its ids.
+
+    `truncated`: the context was cut. `shots`: how many answered examples it has.
+    """
 
     text: str
     ids: list[int]
     truncated: bool = False
+    shots: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,27 +73,35 @@ def use_format(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> s
 
 
 def build_prompt(
-    tokenizer: PreTrainedTokenizerBase, chat_format: str, question: Question, wording: str, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: str,
+    question: Question,
+    wording: str,
+    max_tokens: int,
+    examples: Sequence[Question] = (),
 ) -> Prompt:
-    """A question as the model reads it, in at most `max_tokens` tokens: the start of a long context is cut off.
+    """A question as the model reads it, in at most `max_tokens` tokens.
 
+    Where it is longer, `examples` are left out, the last first, each whole; then the start of the context is cut off.
     Raises UserError if even without its context the question doesn't fit.
     """
 
-    def ask(kept: int) -> Prompt:
-        """With the last `kept` characters of the context."""
+    def ask(kept: int, shots: int) -> Prompt:
+        """With the last `kept` characters of the context, after the first `shots` examples."""
         context = question.context[len(question.context) - kept :]
-        text = tasks.prompt_for(replace(question, context=context), wording)
+        text = tasks.prompt_for(question, wording, context, examples[:shots])
         if chat_format == "none":
-            return Prompt(text, _encode(tokenizer, chat_format, [text])[0])
+            return Prompt(text, _encode(tokenizer, chat_format, [text])[0], shots=shots)
         messages = [{"role": "user", "content": text}]
-        return Prompt(prompt.prompt_text(tokenizer, messages), prompt.render_prompt(tokenizer, messages))
+        rendered = prompt.prompt_text(tokenizer, messages)
+        return Prompt(rendered, prompt.render_prompt(tokenizer, messages), shots=shots)
 
     high = len(question.context)
-    whole = ask(high)
-    if len(whole.ids) <= max_tokens:
-        return whole
-    low, best = 0, ask(0)
+    for shots in range(len(examples), -1, -1):
+        whole = ask(high, shots)
+        if len(whole.ids) <= max_tokens:
+            return whole
+    low, best = 0, ask(0, 0)
     if len(best.ids) > max_tokens:
         raise UserError(
             f"{question.task}, question {question.id}: without its context it is {len(best.ids)} tokens, and this model"
@@ -97,7 +109,7 @@ def build_prompt(
         )
     while high - low > 1:  # `low` characters fit, `high` don't
         middle = (low + high) // 2
-        cut = ask(middle)
+        cut = ask(middle, 0)
         if len(cut.ids) <= max_tokens:
             low, best = middle, cut
         else:
