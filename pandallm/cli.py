@@ -212,12 +212,25 @@ def evaluate(
 
 @eval_app.command(epilog="Example: panda eval compare runs/eval/base runs/eval/tuned")
 def compare(run_a: Path, run_b: Path, as_json: AsJson = False) -> None:
-    """Paired difference of two evaluations, with its interval."""
-    from pandallm.evaluate import report
-    from pandallm.evaluate import run as module
+    """Is B better than A? The difference question by question, its interval, and a verdict."""
+    from pandallm.evaluate import report, runs
 
-    result = module.compare(run_a, run_b)
+    result = runs.compare(run_a, run_b)
     _print(result, as_json, report.comparison_table(result))
+
+
+@eval_app.command("report", epilog="Example: panda eval report runs/eval/base runs/eval/tuned --out runs/eval/report")
+def eval_report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Evaluations, or folders of a run's checkpoints'.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.md, report.html and pictures.")],
+    as_json: AsJson = False,
+) -> None:
+    """Evaluations beside the original's published figures: Markdown, pictures, a page with every answer and filters."""
+    from pandallm.evaluate import publish
+
+    _print(publish.write(runs, out), as_json)
 
 
 @app.command(epilog="Example: panda chat runs/demo/sft/model --temperature 0.7")

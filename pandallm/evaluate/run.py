@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pandallm import files, log, prompt, tokenizer
 from pandallm.config import UserError, read_text
 from pandallm.data.questions import letter
-from pandallm.evaluate import report, score, variants
+from pandallm.evaluate import report, runs, score, variants
 from pandallm.evaluate.tasks import TASKS
 from pandallm.evaluate.variants import Asked
 from pandallm.model import load as models
@@ -189,7 +189,7 @@ def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """What a finished run with the same arguments wrote; UserError if OUT is another evaluation's."""
     if not (out / "results.json").exists():
         return None
-    results = _results(out)
+    results = runs.results(out)
     before = results.get("arguments", {})
     for key, value in arguments.items():
         if before.get(key) != value:
@@ -278,6 +278,7 @@ def _row(asked: Asked, protocol: str, read: score.Prompt, answer: score.Answer) 
         "output": answer.output,
         "pred": None if answer.pred is None else letter(answer.pred),
         "gold": letter(question.gold),
+        "options": len(question.options),
         "correct": answer.pred == question.gold,
         "truncated": read.truncated,
     }
@@ -297,64 +298,3 @@ def _progress(label: str) -> score.Progress:
             log.say(f"{label}: {done} of {total}")
 
     return say
-
-
-def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
-    """How much better the run in `run_b` did than the one in `run_a`, question by question.
-
-    Returns {"a", "b", "tasks": {task: figures of report.compare and "protocol", further ones below "protocols"}}.
-    Raises UserError: not a finished run, no task and protocol in common, other questions. What only one of the runs has
-    is left out with a warning.
-    """
-    results = [_results(path) for path in (run_a, run_b)]
-    have_a, have_b = (report.entries(r) for r in results)
-    common = [key for key in have_a if key in have_b]
-    if not common:
-        a, b = (", ".join(map(" by ".join, have)) or "no task" for have in (have_a, have_b))
-        raise UserError(f"nothing to compare: {run_a} has {a}; {run_b} has {b}")
-    for task, protocol in set(have_a) ^ set(have_b):
-        log.warn(f"{task} by {protocol} is in one of the runs only: left out")
-    rows_a, rows_b = _predictions(run_a), _predictions(run_b)
-    found: dict[str, dict[str, Any]] = {}
-    for key in common:
-        _same_questions(key[0], rows_a[key], rows_b[key], run_a, run_b)
-        entry = {"protocol": key[1], **report.compare(rows_a[key], rows_b[key])}
-        if key[0] in found:
-            found[key[0]].setdefault("protocols", {})[key[1]] = entry
-        else:
-            found[key[0]] = entry
-    return {"a": results[0]["model"], "b": results[1]["model"], "tasks": found}
-
-
-def _results(out: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(read_text(out / "results.json"))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{out / 'results.json'}:{e.lineno}: not valid JSON: {e.msg}") from None
-    if not isinstance(results, dict) or "tasks" not in results:
-        raise UserError(f"{out / 'results.json'}: is not the record of an evaluation")
-    return results
-
-
-def _predictions(out: Path) -> dict[tuple[str, str], list[report.Row]]:
-    """The lines of predictions.jsonl by (task, protocol)."""
-    rows: dict[tuple[str, str], list[report.Row]] = {}
-    for line in read_text(out / "predictions.jsonl").split("\n"):
-        if line:
-            row = json.loads(line)
-            rows.setdefault((row["task"], row["protocol"]), []).append(row)
-    return rows
-
-
-def _same_questions(task: str, a: list[report.Row], b: list[report.Row], run_a: Path, run_b: Path) -> None:
-    """Raises UserError unless both runs answered the same questions in the same wordings."""
-    asked_a, asked_b = (
-        {(row["id"], row["wording"], row["gold"], tuple(row.get("order", ()))) for row in rows} for rows in (a, b)
-    )
-    odd = sorted(asked_a ^ asked_b)
-    if odd:
-        where = run_a if odd[0] in asked_a else run_b
-        raise UserError(
-            f"{task}: {run_a} and {run_b} have other questions ({odd[0][0]} in wording {odd[0][1]} with the answer"
-            f" {odd[0][2]} is only in {where}): evaluate both on the same file, split and limit"
-        )
