@@ -11,7 +11,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +218,7 @@ def _evaluate(
     for protocol in protocols:
         started = time.monotonic()
         progress = _progress(f"{task}, {protocol}")
-        prompts = [_prompt(words, chat_format, a, protocol, window) for a in asked]
+        prompts = [score.ask(words, chat_format, a.question, a.wording, protocol, window, a.examples) for a in asked]
         short = sum(p.shots < how["shots"] for p in prompts)
         if short:
             log.warn(f"{task}: {short} of {len(prompts)} prompts show fewer than {how['shots']} examples: no room")
@@ -237,16 +236,6 @@ def _evaluate(
             log.warn(f"{task}: {figures['truncated']} contexts were cut to the model's window")
     first, *others = entries.values()
     return first | ({"protocols": {e["protocol"]: e for e in others}} if others else {})
-
-
-def _prompt(words: PreTrainedTokenizerBase, chat_format: str, asked: Asked, protocol: str, window: int) -> score.Prompt:
-    """A question as a protocol asks it, cut so that the model's window has room for the answer."""
-    question, room = asked.question, score.MAX_NEW_TOKENS
-    if protocol == "cloze":
-        options = words(list(question.options), add_special_tokens=False)["input_ids"]
-        room = max(map(len, options)) + 8  # the blank before it, and what a tokenizer may add
-        question = replace(question, options=())
-    return score.build_prompt(words, chat_format, question, asked.wording, window - room, asked.examples)
 
 
 def _by_subject(lines: Sequence[report.Row]) -> dict[str, Any]:

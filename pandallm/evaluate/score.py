@@ -117,6 +117,24 @@ def build_prompt(
     return replace(best, truncated=True)
 
 
+def ask(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: str,
+    question: Question,
+    wording: str,
+    protocol: str,
+    window: int,
+    examples: Sequence[Question] = (),
+) -> Prompt:
+    """A question as a protocol asks it, cut so that a window of that many tokens has room for the answer."""
+    room = MAX_NEW_TOKENS
+    if protocol == "cloze":
+        options = tokenizer(list(question.options), add_special_tokens=False)["input_ids"]
+        room = max(map(len, options)) + 8  # the blank before it, and what a tokenizer may add
+        question = replace(question, options=())
+    return build_prompt(tokenizer, chat_format, question, wording, window - room, examples)
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, chat_format: str, texts: list[str]) -> list[list[int]]:
     """Ids of prompts' texts: a raw text gets the tokenizer's own special tokens, a rendered one holds them already."""
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=chat_format == "none")["input_ids"]
