@@ -90,6 +90,18 @@ def stats(
     _print(figures, as_json, module.text(figures))
 
 
+@data_app.command(epilog="Example: panda data fetch c3-m --out eval")
+def fetch(
+    task: Annotated[str, typer.Argument(help="c3-d, c3-m, logiqa-v2 or logiqa-v2-en.")],
+    out: Annotated[Path, typer.Option(help="Folder to put the files in, for --data of panda eval.")],
+    as_json: AsJson = False,
+) -> None:
+    """A task's question files, from where their authors publish them; licences stay theirs and are said."""
+    from pandallm.evaluate import fetch as module
+
+    _print(module.run(task, out), as_json)
+
+
 @app.command(epilog="Example: panda train conf/demo/sft.yaml learning_rate=1e-4")
 def train(conf: str, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train a stage: pretraining or instruction tuning. After a kill the same command goes on."""
