@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#2a78d6", "#eb6834", "#1b9e70", "#7a5bd6", "#d9a000", "#d55187", "#5f8a1f", "#8a6d5a")  # of the run's page
+COLUMNS = 3  # panels beside each other
 MOST_LABEL = 48  # characters of a name in a legend
 
 
@@ -43,25 +44,36 @@ def bars(groups: dict[str, dict[str, Figure95]], chances: dict[str, float], path
         axes.hlines(heights, begin, end, "black", "dashed", linewidth=1, label="guessing")
     axes.set_xticks(range(len(groups)), [_label(group) for group in groups], fontfamily=_fonts())
     axes.set_ylim(bottom=0)
-    _finish(figure, axes, path)
+    _plain(axes)
+    _finish(figure, path)
 
 
-def curves(lines: dict[str, dict[int, Figure95]], path: Path) -> None:
-    """Accuracy over steps, a line for each name, in the band of its intervals."""
+def curves(panels: dict[str, dict[str, dict[int, Figure95]]], path: Path) -> None:
+    """Accuracy over steps: a panel for each title, in it a line for each name in the band of its intervals."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(8.0, 3.8 + 0.2 * _legend_rows(list(lines)))
-    axes = figure.subplots()
-    for i, (name, points) in enumerate(lines.items()):
-        steps, found = list(points), list(points.values())
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--")[i // len(COLOURS) % 2]}
-        axes.plot(steps, [100 * f.accuracy for f in found], marker="o", markersize=4, label=_label(name), **style)
-        low, high = [100 * f.low for f in found], [100 * f.high for f in found]
-        axes.fill_between(steps, low, high, color=style["color"], alpha=0.13, linewidth=0)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish(figure, axes, path)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    columns = min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
+    figure = _figure(1.0 + 4.2 * columns, 3.4 * rows + 0.2 * _legend_rows(names))
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        for name, points in lines.items():
+            i, steps, found = names.index(name), list(points), list(points.values())
+            colour, dashes = COLOURS[i % len(COLOURS)], ("-", "--")[i // len(COLOURS) % 2]
+            heights = [100 * f.accuracy for f in found]
+            axes.plot(steps, heights, marker="o", markersize=4, label=_label(name), color=colour, linestyle=dashes)
+            low, high = [100 * f.low for f in found], [100 * f.high for f in found]
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_title(_label(title), fontfamily=_fonts(), fontsize=10)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_ylim(bottom=0)
+        _plain(axes)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    _finish(figure, path)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -74,12 +86,21 @@ def _legend_rows(names: list[str]) -> int:
     return -(-len(names) // 2)
 
 
-def _finish(figure: Figure, axes: Any, path: Path) -> None:
-    axes.set_ylabel("accuracy, %, with 95 % interval")
+def _plain(axes: Any) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=2, frameon=False, prop={"family": _fonts(), "size": 9})
+
+
+def _finish(figure: Figure, path: Path) -> None:
+    """One legend for all panels, and the file."""
+    figure.supylabel("accuracy, %, with 95 % interval", fontsize=10)
+    known: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    style: dict[str, Any] = {"ncols": 2, "frameon": False, "prop": {"family": _fonts(), "size": 9}}
+    figure.legend(list(known.values()), list(known), loc="outside upper left", **style)
     with files.atomic_file(path) as tmp:
         figure.savefig(tmp, format="png")
 

@@ -96,6 +96,7 @@ body{margin:0 auto;max-width:78rem;padding:1.5rem 1.25rem 3rem;background:var(--
 font:15px/1.5 system-ui,-apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",sans-serif;
 font-variant-numeric:tabular-nums}
 h1{font-size:1.4rem;line-height:1.25;margin:0;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:2.25rem 0 .6rem}
+nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.6rem 0 0;font-size:.875rem}a{color:var(--soft)}
 p{margin:.6rem 0;max-width:60rem;overflow-wrap:anywhere}img{max-width:100%;background:#fff;border-radius:6px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;margin:.4rem 0 1rem}
 td,th{padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
@@ -194,8 +195,10 @@ filter();
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{{ title|readable }}</title><style>{{ style }}</style></head><body>
-<header><h1>{{ title|readable }}</h1></header><main>
-{% for name, blocks in sections %}<h2>{{ name }}</h2>
+<header><h1>{{ title|readable }}</h1><nav>
+{% for name, _ in sections %}<a href="#s{{ loop.index }}">{{ name }}</a>
+{% endfor %}<a href="#answers">Every answer</a></nav></header><main>
+{% for name, blocks in sections %}<h2 id="s{{ loop.index }}">{{ name }}</h2>
 {% for block in blocks %}{% if block is text %}<p>{{ block|readable }}</p>
 {% elif block is picture %}<p><img alt="{{ block.stem }}" src="data:image/png;base64,{{ block|png }}"></p>
 {% else %}<div class="scroll"><table><thead><tr>
@@ -203,7 +206,7 @@ PAGE = """<!doctype html>
 <tr{% if row[0].endswith("(published)") %} class="published"{% endif %}>
 {% for cell in row %}<td>{{ cell|readable }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
 {% endif %}{% endfor %}{% endfor %}
-<h2>Every answer</h2>
+<h2 id="answers">Every answer</h2>
 <form name="filters">
 {% for kind in ("run", "task", "wording", "protocol") %}<label>{{ kind }}
 <select name="{{ kind }}"><option value="">all</option></select></label>

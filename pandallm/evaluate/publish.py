@@ -192,20 +192,20 @@ def _steps(found: list[Run], keys: list[Key], out: Path) -> Section:
             series.setdefault(run.series, []).append(run)
     series = {name: some for name, some in series.items() if len(some) > 1}
     blocks: list[str | Cells | Path] = []
-    lines: dict[str, dict[int, charts.Figure95]] = {}
-    for name, some in series.items():
+    panels: dict[str, dict[str, dict[int, charts.Figure95]]] = {}
+    for some in series.values():
+        name = some[0].label.split(", step ")[0]
         table = [["step", *(" ".join(key) for key in keys)]]
         for run in some:
             table.append([str(run.step), *(_figure(run.entries[k]) if k in run.entries else "" for k in keys)])
-        blocks += [f"Checkpoints of {name.rstrip('/')}", table]
-        for task, protocol in keys:
-            label = f"{task}, {protocol}" + (f", {Path(name).parent.name}" if len(series) > 1 else "")
-            points = {
-                run.step or 0: _interval(run.entries[task, protocol]) for run in some if (task, protocol) in run.entries
-            }
-            lines |= {label: points} if points else {}
-    if lines:
-        charts.curves(lines, out / "steps.png")
+        blocks += [f"Checkpoints of {name}", table]
+        for key in keys:
+            label = f"{name}, {key[1]}" if len(series) > 1 else key[1]
+            points = {run.step or 0: _interval(run.entries[key]) for run in some if key in run.entries}
+            panels.setdefault(key[0], {}).update({label: points} if points else {})
+    panels = {task: lines for task, lines in panels.items() if lines}
+    if panels:
+        charts.curves(panels, out / "steps.png")
         blocks.append(out / "steps.png")
     return "Accuracy by step", blocks
 
