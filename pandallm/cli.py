@@ -180,7 +180,9 @@ def evaluate(
     ] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files.")] = None,
     split: Annotated[str, typer.Option(help="test, dev, train; val of ceval.")] = "test",
-    protocol: Annotated[str, typer.Option(help="generate (the original's), choice; both with a comma.")] = "generate",
+    protocol: Annotated[
+        str, typer.Option(help="generate (the original's), choice, cloze; several with commas.")
+    ] = "generate",
     wordings: Annotated[
         str, typer.Option(help="original, all, or names with commas: the accuracy is the mean over them.")
     ] = "original",
@@ -222,12 +224,46 @@ def evaluate(
 
 @eval_app.command(epilog="Example: panda eval compare runs/eval/base runs/eval/tuned")
 def compare(run_a: Path, run_b: Path, as_json: AsJson = False) -> None:
-    """Paired difference of two evaluations, with its interval."""
-    from pandallm.evaluate import report
-    from pandallm.evaluate import run as module
+    """Is B better than A? The difference question by question, its interval, and a verdict."""
+    from pandallm.evaluate import report, runs
 
-    result = module.compare(run_a, run_b)
+    result = runs.compare(run_a, run_b)
     _print(result, as_json, report.comparison_table(result))
+
+
+@eval_app.command("report", epilog="Example: panda eval report runs/eval/base runs/eval/tuned --out runs/eval/report")
+def eval_report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Evaluations, or folders of a run's checkpoints'.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.md, report.html and pictures.")],
+    as_json: AsJson = False,
+) -> None:
+    """Evaluations beside the original's published figures: Markdown, pictures, a page with every answer and filters."""
+    from pandallm.evaluate import publish
+
+    _print(publish.write(runs, out), as_json)
+
+
+@eval_app.command(
+    epilog="Example: panda eval export-lm-eval --model smollm2-135m --task c3-m --data DIR --split dev --out lm_eval"
+)
+def export_lm_eval(
+    model: Annotated[str, typer.Option(help="Folder, hub id or built-in name: whose tokenizer and window to use.")],
+    task: Annotated[str, typer.Option(help="c3-d, c3-m, logiqa-v2; several with commas.")],
+    data: Annotated[Path, typer.Option(help="Folder of the tasks' files.")],
+    out: Annotated[Path, typer.Option(help="Folder for a YAML and a JSONL file a task and protocol.")],
+    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
+    protocol: Annotated[str, typer.Option(help="Several with commas.")] = "generate,choice,cloze",
+    wordings: Annotated[str, typer.Option(help="Names with commas, or all.")] = "original",
+    chat_format: Annotated[str | None, typer.Option(help="none, model (its own), or a format's name.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the tasks for lm-evaluation-harness, with the prompts as panda gives them; print how to run it."""
+    from pandallm.evaluate import export as module
+
+    result = module.run(model, _listed(task), data, split, _listed(protocol), _listed(wordings), out, chat_format)
+    _print(result, as_json, result["command"])
 
 
 @app.command(epilog="Example: panda chat runs/demo/sft/model --temperature 0.7")

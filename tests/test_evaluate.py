@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from pandallm import demo, files, prompt, tokenizer
 from pandallm.config import UserError
 from pandallm.data.questions import letter
-from pandallm.evaluate import report, score, tasks
+from pandallm.evaluate import report, runs, score, statistics, tasks
 from pandallm.evaluate import run as evaluation
 from pandallm.evaluate.tasks import Question
 from pandallm.model import load
@@ -389,26 +389,26 @@ def test_a_broken_model_has_no_score(tiny: tuple[PreTrainedModel, PreTrainedToke
 
 
 def test_wilson() -> None:
-    assert report.wilson(15, 50) == pytest.approx((0.19103, 0.43750), abs=1e-5)  # Newcombe 1998's kind of example
-    assert report.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
-    assert report.wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)  # the same
-    assert report.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)  # the same
-    assert report.wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=1e-4)
+    assert statistics.wilson(15, 50) == pytest.approx((0.19103, 0.43750), abs=1e-5)  # Newcombe 1998's kind of example
+    assert statistics.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
+    assert statistics.wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)  # the same
+    assert statistics.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)  # the same
+    assert statistics.wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=1e-4)
 
 
 def test_mcnemar() -> None:
-    assert report.mcnemar(0, 0) == 1.0 and report.mcnemar(5, 5) == 1.0
-    assert report.mcnemar(1, 9) == report.mcnemar(9, 1) == pytest.approx(22 / 1024)
-    assert 0 <= report.mcnemar(900, 1100) < 1e-5
+    assert statistics.mcnemar(0, 0) == 1.0 and statistics.mcnemar(5, 5) == 1.0
+    assert statistics.mcnemar(1, 9) == statistics.mcnemar(9, 1) == pytest.approx(22 / 1024)
+    assert 0 <= statistics.mcnemar(900, 1100) < 1e-5
 
 
 def test_bootstrap() -> None:
     differences = [1.0] * 30 + [-1.0] * 10 + [0.0] * 60
-    low, high = report.bootstrap(differences)
-    assert (low, high) == report.bootstrap(differences)
+    low, high = statistics.bootstrap(differences)
+    assert (low, high) == statistics.bootstrap(differences)
     drawn = np.random.default_rng(7).choice(differences, size=(10_000, 100)).mean(1)
     assert (low, high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.011)
-    assert report.bootstrap([0.0] * 5) == (0.0, 0.0)
+    assert statistics.bootstrap([0.0] * 5) == (0.0, 0.0)
 
 
 def test_summary_over_wordings() -> None:
@@ -422,7 +422,7 @@ def test_summary_over_wordings() -> None:
     figures = report.summary(rows, "generate")
     assert figures["accuracy"] == 0.5 and figures["n"] == 10 and figures["no_letter"] == 1 and figures["truncated"] == 2
     assert figures["accuracy_std"] == pytest.approx(math.sqrt(0.02))
-    assert figures["ci95"] == list(report.wilson(5, 10))
+    assert figures["ci95"] == list(statistics.wilson(5, 10))
     assert figures["wordings"] == [{"wording": "original", "accuracy": 0.4}, {"wording": "other", "accuracy": 0.6}]
     assert report.summary(rows[:10], "generate")["accuracy_std"] == 0.0
 
@@ -460,7 +460,7 @@ def test_results(finished: Path) -> None:
         mine = [row for row in rows if (row["task"], row["protocol"]) == (task, protocol)]
         assert entry["n"] == 3 == len(mine) and entry["protocol"] == protocol
         assert entry["accuracy"] == pytest.approx(sum(row["correct"] for row in mine) / 3)
-        assert entry["ci95"] == list(report.wilson(sum(row["correct"] for row in mine), 3))
+        assert entry["ci95"] == list(statistics.wilson(sum(row["correct"] for row in mine), 3))
         assert entry["wordings"] == [{"wording": "original", "accuracy": entry["accuracy"]}]
         assert entry["accuracy_std"] == 0.0 and entry["truncated"] == 0
         assert entry["no_letter"] == sum(row["pred"] is None for row in mine)
@@ -599,30 +599,30 @@ def doctored(source: Path, target: Path, change: Callable[[dict[str, Any]], dict
 def test_compare(finished: Path, tmp_path: Path) -> None:
     right = doctored(finished, tmp_path / "right", lambda row: row | {"correct": True})
     wrong = doctored(finished, tmp_path / "wrong", lambda row: row | {"correct": False})
-    found = evaluation.compare(wrong, right)
+    found = runs.compare(wrong, right)
     assert found["a"] == found["b"] == "tiny" and list(found["tasks"]) == ["c3-m", "logiqa-v2"]
     for entry in report.entries(found).values():
         assert entry["n"] == entry["only_b"] == 3 and entry["difference"] == 1.0 and entry["ci95"] == [1.0, 1.0]
         assert entry["mcnemar_p"] == 0.25 and (entry["accuracy_a"], entry["accuracy_b"]) == (0.0, 1.0)
     assert len(report.entries(found)) == 4
-    assert evaluation.compare(right, wrong)["tasks"]["c3-m"]["difference"] == -1.0
-    assert evaluation.compare(finished, finished)["tasks"]["c3-m"]["mcnemar_p"] == 1.0
+    assert runs.compare(right, wrong)["tasks"]["c3-m"]["difference"] == -1.0
+    assert runs.compare(finished, finished)["tasks"]["c3-m"]["mcnemar_p"] == 1.0
     assert "+100.00" in report.comparison_table(found)
 
 
 def test_compare_refuses_unlike_runs(finished: Path, tmp_path: Path) -> None:
     other = doctored(finished, tmp_path / "other", lambda row: row | {"id": row["id"].replace("0", "x")})
     with pytest.raises(UserError, match="other questions"):
-        evaluation.compare(finished, other)
+        runs.compare(finished, other)
     other = doctored(finished, tmp_path / "gold", lambda row: row | {"gold": "Z"})
     with pytest.raises(UserError, match="other questions"):
-        evaluation.compare(finished, other)
+        runs.compare(finished, other)
     alone = tmp_path / "alone"
     evaluation.run(tasks=["c3-d"], out=alone, **BASE)
     with pytest.raises(UserError, match="nothing to compare.*c3-d by generate"):
-        evaluation.compare(finished, alone)
+        runs.compare(finished, alone)
     with pytest.raises(UserError, match="no such file"):
-        evaluation.compare(finished, tmp_path / "nowhere")
+        runs.compare(finished, tmp_path / "nowhere")
     (alone / "results.json").write_text("[]")
     with pytest.raises(UserError, match="not the record"):
-        evaluation.compare(alone, finished)
+        runs.compare(alone, finished)

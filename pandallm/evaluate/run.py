@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pandallm import files, log, prompt, tokenizer
 from pandallm.config import UserError, read_text
 from pandallm.data.questions import letter
-from pandallm.evaluate import report, score, variants
+from pandallm.evaluate import report, runs, score, variants
 from pandallm.evaluate.tasks import TASKS
 from pandallm.evaluate.variants import Asked
 from pandallm.model import load as models
@@ -29,6 +29,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHAT_FORMATS = ("none", "model", *prompt.TEMPLATES)
 # The files of a model folder that decide its answers.
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "tokenizer*", "special_tokens*", "*.jinja")
+SECOND = {"generate": "pred_strict", "cloze": "pred_norm"}  # what a protocol's other rule is called in a row
 SAY_EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -187,7 +188,7 @@ def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """What a finished run with the same arguments wrote; UserError if OUT is another evaluation's."""
     if not (out / "results.json").exists():
         return None
-    results = _results(out)
+    results = runs.results(out)
     before = results.get("arguments", {})
     for key, value in arguments.items():
         if before.get(key) != value:
@@ -209,22 +210,23 @@ def _evaluate(
 
     `how`: what every entry says of how it was made. The predictions are appended to `rows`.
     """
-    room = int(network.config.max_position_embeddings) - score.MAX_NEW_TOKENS
+    window = int(network.config.max_position_embeddings)
     asked, task, chat_format = part.asked, part.task.name, how["chat_format"]
     how = how | {"data": part.data} | ({"left_out": part.left_out} if part.left_out else {})
     many = [a.question for a in asked]
-    prompts = [score.build_prompt(words, chat_format, a.question, a.wording, room, a.examples) for a in asked]
-    short = sum(p.shots < how["shots"] for p in prompts)
-    if short:
-        log.warn(f"{task}: {short} of {len(prompts)} prompts have fewer than {how['shots']} examples, for want of room")
     entries = {}
     for protocol in protocols:
         started = time.monotonic()
         progress = _progress(f"{task}, {protocol}")
+        prompts = [score.ask(words, chat_format, a.question, a.wording, protocol, window, a.examples) for a in asked]
+        short = sum(p.shots < how["shots"] for p in prompts)
+        if short:
+            log.warn(f"{task}: {short} of {len(prompts)} prompts show fewer than {how['shots']} examples: no room")
         if protocol == "generate":
             answers = score.generate(network, words, many, prompts, token_budget, progress)
         else:
-            answers = score.choice(network, words, many, prompts, how["chat_format"], token_budget, progress)
+            likeliest = score.choice if protocol == "choice" else score.cloze
+            answers = likeliest(network, words, many, prompts, chat_format, token_budget, progress)
         lines = [_row(a, protocol, p, answer) for a, p, answer in zip(asked, prompts, answers, strict=True)]
         rows += lines
         figures = report.summary(lines, protocol) | _by_subject(lines)
@@ -265,9 +267,12 @@ def _row(asked: Asked, protocol: str, read: score.Prompt, answer: score.Answer) 
         "output": answer.output,
         "pred": None if answer.pred is None else letter(answer.pred),
         "gold": letter(question.gold),
+        "options": len(question.options),
         "correct": answer.pred == question.gold,
         "truncated": read.truncated,
     }
+    if second := SECOND.get(protocol):
+        row[second] = None if answer.second is None else letter(answer.second)
     row |= asked.fields() | ({"shots": read.shots} if asked.examples else {})
     return row | ({"log_likelihoods": list(answer.log_likelihoods)} if answer.log_likelihoods else {})
 
@@ -282,64 +287,3 @@ def _progress(label: str) -> score.Progress:
             log.say(f"{label}: {done} of {total}")
 
     return say
-
-
-def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
-    """How much better the run in `run_b` did than the one in `run_a`, question by question.
-
-    Returns {"a", "b", "tasks": {task: figures of report.compare and "protocol", further ones below "protocols"}}.
-    Raises UserError: not a finished run, no task and protocol in common, other questions. What only one of the runs has
-    is left out with a warning.
-    """
-    results = [_results(path) for path in (run_a, run_b)]
-    have_a, have_b = (report.entries(r) for r in results)
-    common = [key for key in have_a if key in have_b]
-    if not common:
-        a, b = (", ".join(map(" by ".join, have)) or "no task" for have in (have_a, have_b))
-        raise UserError(f"nothing to compare: {run_a} has {a}; {run_b} has {b}")
-    for task, protocol in set(have_a) ^ set(have_b):
-        log.warn(f"{task} by {protocol} is in one of the runs only: left out")
-    rows_a, rows_b = _predictions(run_a), _predictions(run_b)
-    found: dict[str, dict[str, Any]] = {}
-    for key in common:
-        _same_questions(key[0], rows_a[key], rows_b[key], run_a, run_b)
-        entry = {"protocol": key[1], **report.compare(rows_a[key], rows_b[key])}
-        if key[0] in found:
-            found[key[0]].setdefault("protocols", {})[key[1]] = entry
-        else:
-            found[key[0]] = entry
-    return {"a": results[0]["model"], "b": results[1]["model"], "tasks": found}
-
-
-def _results(out: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(read_text(out / "results.json"))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{out / 'results.json'}:{e.lineno}: not valid JSON: {e.msg}") from None
-    if not isinstance(results, dict) or "tasks" not in results:
-        raise UserError(f"{out / 'results.json'}: is not the record of an evaluation")
-    return results
-
-
-def _predictions(out: Path) -> dict[tuple[str, str], list[report.Row]]:
-    """The lines of predictions.jsonl by (task, protocol)."""
-    rows: dict[tuple[str, str], list[report.Row]] = {}
-    for line in read_text(out / "predictions.jsonl").split("\n"):
-        if line:
-            row = json.loads(line)
-            rows.setdefault((row["task"], row["protocol"]), []).append(row)
-    return rows
-
-
-def _same_questions(task: str, a: list[report.Row], b: list[report.Row], run_a: Path, run_b: Path) -> None:
-    """Raises UserError unless both runs answered the same questions in the same wordings."""
-    asked_a, asked_b = (
-        {(row["id"], row["wording"], row["gold"], tuple(row.get("order", ()))) for row in rows} for rows in (a, b)
-    )
-    odd = sorted(asked_a ^ asked_b)
-    if odd:
-        where = run_a if odd[0] in asked_a else run_b
-        raise UserError(
-            f"{task}: {run_a} and {run_b} have other questions ({odd[0][0]} in wording {odd[0][1]} with the answer"
-            f" {odd[0][2]} is only in {where}): evaluate both on the same file, split and limit"
-        )
