@@ -76,6 +76,17 @@ def test_prompt(question: Question) -> None:
         ("E", 5, 4),
         ("", 4, None),
         ("没有答案\n\n", 4, None),
+        ("(C)", 4, 2),
+        ("\n\n  D\n", 4, 3),
+        ("答案是：　Ｂ，也就是 B", 4, 1),  # full-width letters don't count
+        ("DNA 和 A", 4, 3),  # a word's letter does
+        ("CBA", 4, 2),
+        ("Ａ／Ｂ／Ｃ", 4, None),
+        ("選項丙", 4, None),
+        ("option c", 4, None),
+        ("The answer is B", 4, 1),  # "T" and "h" are none of them
+        ("🐼D", 4, 3),
+        ("\ufffdB", 4, 1),
     ],
 )
 def test_parse_letter(output: str, n_options: int, index: int | None) -> None:

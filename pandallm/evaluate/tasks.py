@@ -302,7 +302,7 @@ TASKS: dict[str, Task] = {
         subjects=52,
     ),
     "agieval": Task(
-        ("agieval/*.jsonl", "data/v1/*.jsonl", "*.jsonl"),
+        ("agieval/*.jsonl", "data/v1_1/*.jsonl", "data/v1/*.jsonl", "*.jsonl"),
         layouts.agieval,
         1,
         "https://github.com/ruixiangcui/AGIEval (each set has its own licence; JEC-QA: https://jecqa.thunlp.org)",
