@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import yaml
-from watch import check, descendants, manifest, timed
+from watch import manifest, timed, watched
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(__file__).resolve().parent / "peers"
@@ -39,14 +38,6 @@ SOURCE, DIALOGUES = "instruct/alpaca_zh_carbonz0_part-00.json", 2000
 AT_ONCE, A_STEP = 4, 16  # dialogues
 SPEED = {"padded": 2.5, "packed": 1.4}  # ours / a peer, tokens a second
 MEMORY = 0.6  # ours / a peer
-# The same for all: threads that spin while they wait make a shared machine's figures worthless.
-ENV = {
-    "OMP_NUM_THREADS": "2",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "DS_ACCELERATOR": "cpu",
-}
 
 
 @dataclass(frozen=True)
@@ -142,47 +133,6 @@ def peer(args: argparse.Namespace, python: str, script: str, *options: str) -> C
         return Result(done["tokens"], done["trained"], done["places"], done["seconds"], peak, steps, about)
 
     return run
-
-
-def watched(command: list[str], log: Path, look: Callable[[], None], **env: str) -> float:
-    """Runs a command to its end, calling `look` all the time; the peak of its memory in GiB: its high-water mark, or
-    what it and the processes it started held at some moment."""
-    import psutil  # type: ignore[import-untyped]
-
-    peak, next_search = 0, 0.0
-    with (
-        open(log, "wb") as f,
-        subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ | ENV | env) as process,
-    ):
-        status, root = Path(f"/proc/{process.pid}/status"), psutil.Process(process.pid)
-        while process.poll() is None:
-            look()
-            peak = max(peak, high_water(status))
-            if time.perf_counter() >= next_search:  # a search through all processes: not so often
-                peak = max(peak, sum(resident(one) for one in (root, *descendants(root))))
-                next_search = time.perf_counter() + 2
-            time.sleep(0.1)
-    look()
-    check(command, process.returncode, log.read_text(errors="replace"))
-    return peak / 2**30
-
-
-def high_water(status: Path) -> int:
-    """VmHWM of /proc/PID/status in bytes; 0 for a process that has just ended."""
-    try:
-        lines = status.read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
-
-
-def resident(process: Any) -> int:
-    import psutil
-
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0
 
 
 def contenders(args: argparse.Namespace) -> dict[str, Contender]:

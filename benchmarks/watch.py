@@ -8,12 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 PANDA = [str(Path(sys.executable).parent / "panda"), "data", "prepare"]
+# The same for all: threads that spin while they wait make a shared machine's figures worthless.
+ENV = {
+    "OMP_NUM_THREADS": "2",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "DS_ACCELERATOR": "cpu",
+}
 EVALUATION = ("c3/c3-d-dev.json", "c3/c3-m-dev.json", "logiqa_v2/dev_zh.txt")
 
 
@@ -88,6 +97,47 @@ def peak_memory(command: list[str], log: Path) -> tuple[float, float, float]:
             time.sleep(0.2)
     check(command, process.returncode, log.read_text(errors="replace"))
     return rss / 1e9, pss / 1e9, time.perf_counter() - start
+
+
+def watched(command: list[str], log: Path, look: Callable[[], None], cwd: Path | None = None, **env: str) -> float:
+    """Runs a command to its end, calling `look` all the time; the peak of its memory in GiB: its high-water mark, or
+    what it and the processes it started held at some moment."""
+    import psutil
+
+    peak, next_search = 0, 0.0
+    with (
+        open(log, "wb") as f,
+        subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ | ENV | env, cwd=cwd) as process,
+    ):
+        status, root = Path(f"/proc/{process.pid}/status"), psutil.Process(process.pid)
+        while process.poll() is None:
+            look()
+            peak = max(peak, high_water(status))
+            if time.perf_counter() >= next_search:  # a search through all processes: not so often
+                peak = max(peak, sum(resident(one) for one in (root, *descendants(root))))
+                next_search = time.perf_counter() + 2
+            time.sleep(0.1)
+    look()
+    check(command, process.returncode, log.read_text(errors="replace"))
+    return peak / 2**30
+
+
+def high_water(status: Path) -> int:
+    """VmHWM of /proc/PID/status in bytes; 0 for a process that has just ended."""
+    try:
+        lines = status.read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def resident(process: Any) -> int:
+    import psutil
+
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
 
 
 def descendants(process: Any) -> list[Any]:

@@ -180,7 +180,9 @@ def evaluate(
     ] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files.")] = None,
     split: Annotated[str, typer.Option(help="test, dev, train; val of ceval.")] = "test",
-    protocol: Annotated[str, typer.Option(help="generate (the original's), choice; both with a comma.")] = "generate",
+    protocol: Annotated[
+        str, typer.Option(help="generate (the original's), choice, cloze; several with commas.")
+    ] = "generate",
     wordings: Annotated[
         str, typer.Option(help="original, all, or names with commas: the accuracy is the mean over them.")
     ] = "original",
@@ -255,6 +257,27 @@ def eval_report(
     from pandallm.evaluate import publish
 
     _print(publish.write(runs, out), as_json)
+
+
+@eval_app.command(
+    epilog="Example: panda eval export-lm-eval --model smollm2-135m --task c3-m --data DIR --split dev --out lm_eval"
+)
+def export_lm_eval(
+    model: Annotated[str, typer.Option(help="Folder, hub id or built-in name: whose tokenizer and window to use.")],
+    task: Annotated[str, typer.Option(help="c3-d, c3-m, logiqa-v2; several with commas.")],
+    data: Annotated[Path, typer.Option(help="Folder of the tasks' files.")],
+    out: Annotated[Path, typer.Option(help="Folder for a YAML and a JSONL file a task and protocol.")],
+    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
+    protocol: Annotated[str, typer.Option(help="Several with commas.")] = "generate,choice,cloze",
+    wordings: Annotated[str, typer.Option(help="Names with commas, or all.")] = "original",
+    chat_format: Annotated[str | None, typer.Option(help="none, model (its own), or a format's name.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the tasks for lm-evaluation-harness, with the prompts as panda gives them; print how to run it."""
+    from pandallm.evaluate import export as module
+
+    result = module.run(model, _listed(task), data, split, _listed(protocol), _listed(wordings), out, chat_format)
+    _print(result, as_json, result["command"])
 
 
 @app.command(epilog="Example: panda chat runs/demo/sft/model --temperature 0.7")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from typer.testing import CliRunner
 
 from pandallm import cli, files
@@ -374,15 +372,6 @@ def test_report(tmp_path: Path) -> None:
     assert line["run"] == f"some/model ({b})" and line["right"] == 0 and line["pred"] == "B" and line["gold"] == "A"
     assert data["texts"][line["prompt"]] == "第19题" and data["texts"][line["output"]] == HOSTILE
     assert "alert(1)</script>" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-
-
-def test_published_rows_are_the_recipes() -> None:
-    recipe = ROOT.parent / "shared" / "docs" / "RECIPE.md"
-    if not recipe.exists():
-        pytest.skip("the recipe's facts are not in the repository")
-    lines = re.findall(r"\| (\d\d\.\d\d) \| (\d\d\.\d\d) \| (\d\d\.\d\d) \|$", recipe.read_text(encoding="utf-8"), re.M)
-    told = sorted(tuple(map(float, line)) for line in lines)
-    assert sorted(publish.PUBLISHED.values()) == told
 
 
 def test_checkpoints_in_order(tmp_path: Path) -> None:

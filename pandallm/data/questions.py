@@ -16,7 +16,8 @@ class Wording:
     reading: str  # opens a question on a text
     knowledge: str  # opens a question without one
     context: str
-    rest: str
+    question: str
+    listing: str  # of the options; left out where their texts are the answers
     lead: str
     option: str = "{letter}: {option}"
     example: str = ""  # how an answered example ends, where not with the lead and the letter
@@ -24,7 +25,7 @@ class Wording:
     @property
     def template(self) -> str:
         """The whole text of a question on a text, with {context}, {question} and {options} in their places."""
-        return self.reading + self.context + self.rest + self.lead
+        return self.reading + self.context + self.question + self.listing + self.lead
 
 
 WORDINGS: dict[str, Wording] = {
@@ -34,7 +35,8 @@ WORDINGS: dict[str, Wording] = {
         "阅读下面的文章并从选项中选择的答案回答问题：\n\n",
         "从选项中选择的答案回答问题：\n\n",
         "Context:\n{context}\n\n",
-        "Question:\n{question}\n\nOptions:\n{options}\n\n",
+        "Question:\n{question}\n\n",
+        "Options:\n{options}\n\n",
         "本题的答案是：",
         example="The answer is {letter}",
     ),
@@ -42,14 +44,16 @@ WORDINGS: dict[str, Wording] = {
         "阅读下面的文章并从选项中选择的答案回答问题：\n\n",
         "从选项中选择的答案回答问题：\n\n",
         "文章：\n{context}\n\n",
-        "问题：\n{question}\n\n选项：\n{options}\n\n",
+        "问题：\n{question}\n\n",
+        "选项：\n{options}\n\n",
         "本题的答案是：",
     ),
     "zh-direct": Wording(
         "请阅读短文，回答后面的单项选择题，只写出正确选项的字母。\n\n",
         "请回答下面的单项选择题，只写出正确选项的字母。\n\n",
         "短文：{context}\n\n",
-        "题目：{question}\n{options}\n",
+        "题目：{question}\n",
+        "{options}\n",
         "答案：",
         "{letter}. {option}",
     ),
@@ -57,7 +61,8 @@ WORDINGS: dict[str, Wording] = {
         "以下是一道阅读理解单项选择题，请根据材料选出正确答案。\n\n",
         "以下是一道单项选择题，请选出正确答案。\n\n",
         "【材料】\n{context}\n\n",
-        "【题目】\n{question}\n\n【选项】\n{options}\n\n",
+        "【题目】\n{question}\n\n",
+        "【选项】\n{options}\n\n",
         "【答案】",
         "{letter}．{option}",
     ),
@@ -65,23 +70,26 @@ WORDINGS: dict[str, Wording] = {
         "你是一位认真的考生。读完下面的文字，从可选的答案里选出最合适的一个。\n\n",
         "你是一位认真的考生。读完题目，从可选的答案里选出最合适的一个。\n\n",
         "文字：\n{context}\n\n",
-        "提问：{question}\n\n可选的答案：\n{options}\n\n",
+        "提问：{question}\n\n",
+        "可选的答案：\n{options}\n\n",
         "我选择的答案是",
         "{letter}、{option}",
     ),
-    "zh-bare": Wording("", "", "{context}\n\n", "{question}\n{options}\n", "答案是", "{letter}. {option}"),
+    "zh-bare": Wording("", "", "{context}\n\n", "{question}\n", "{options}\n", "答案是", "{letter}. {option}"),
     "hant-read": Wording(
         "請閱讀下面的文章，並從選項中選出問題的正確答案：\n\n",
         "請從選項中選出問題的正確答案：\n\n",
         "文章：\n{context}\n\n",
-        "問題：\n{question}\n\n選項：\n{options}\n\n",
+        "問題：\n{question}\n\n",
+        "選項：\n{options}\n\n",
         "本題的答案是：",
     ),
     "hant-exam": Wording(
         "以下是單項選擇題，請依據短文作答，只須寫出選項的字母。\n\n",
         "以下是單項選擇題，只須寫出正確選項的字母。\n\n",
         "短文：{context}\n\n",
-        "題目：{question}\n{options}\n",
+        "題目：{question}\n",
+        "{options}\n",
         "正確答案：",
         "({letter}) {option}",
     ),
@@ -89,7 +97,8 @@ WORDINGS: dict[str, Wording] = {
         "Read the text and answer the question with the letter of the right option.\n\n",
         "Answer the question with the letter of the right option.\n\n",
         "Text:\n{context}\n\n",
-        "Question:\n{question}\n\nOptions:\n{options}\n\n",
+        "Question:\n{question}\n\n",
+        "Options:\n{options}\n\n",
         "Answer:",
         example="Answer: {letter}",
     ),
@@ -97,7 +106,8 @@ WORDINGS: dict[str, Wording] = {
         "The following is a multiple choice question about a passage. Choose the best option.\n\n",
         "The following is a multiple choice question. Choose the best option.\n\n",
         "Passage: {context}\n\n",
-        "Question: {question}\n{options}\n",
+        "Question: {question}\n",
+        "{options}\n",
         "The correct option is",
         "{letter}. {option}",
         "The correct option is {letter}",
@@ -118,7 +128,7 @@ def text_of(
     examples: Sequence[str] = (),
     on_text: bool | None = None,
 ) -> str:
-    """The text that asks a question, ending where the answer begins.
+    """The text that asks a question, ending where the answer begins. Without options they aren't listed.
 
     `wording`: a key of WORDINGS. `examples`: texts of `example_of`. `on_text`: whether the question is on a text; if
     not given, whether there is one (a text may have been cut off to the last character).
@@ -129,14 +139,19 @@ def text_of(
     return opening + "".join(examples) + _body(words, context, question, options, on_text) + words.lead
 
 
-def example_of(context: str, question: str, options: Sequence[str], gold: int, wording: str = "original") -> str:
-    """A question with its answer, to stand before others."""
+def example_of(
+    context: str, question: str, options: Sequence[str], gold: int, wording: str = "original", listing: bool = True
+) -> str:
+    """A question with its answer, to stand before others: the letter, or without a `listing` the option itself."""
     words = WORDINGS[wording]
     answer = (words.example or words.lead + "{letter}").format(letter=letter(gold))
-    return _body(words, context, question, options, bool(context)) + answer + "\n\n"
+    if not listing:
+        answer = words.lead + options[gold]
+    return _body(words, context, question, options if listing else (), bool(context)) + answer + "\n\n"
 
 
 def _body(words: Wording, context: str, question: str, options: Sequence[str], on_text: bool) -> str:
     listed = "\n".join(words.option.format(letter=letter(i), option=option) for i, option in enumerate(options))
     above = words.context.format(context=context) if on_text else ""
-    return above + words.rest.format(question=question, options=listed)
+    below = words.listing.format(options=listed) if options else ""
+    return above + words.question.format(question=question) + below

@@ -1,7 +1,7 @@
 """`panda eval`: a model's answers to the tasks' questions and its bits per character, written down with what made them.
 
 OUT/predictions.jsonl has every prompt and output; OUT/results.json, written last, the figures. A run that finished is
-not run again; one that did not finish has left no results.json and starts over.
+not run again; one that did not finish goes on, task by task, protocol by protocol, wording by wording.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from pandallm.data.questions import letter
 from pandallm.data.shards import Shards
 from pandallm.evaluate import report, runs, score, seen, variants
 from pandallm.evaluate.tasks import TASKS
+from pandallm.evaluate.unfinished import Unfinished
 from pandallm.evaluate.variants import Asked
 from pandallm.model import load as models
 
@@ -30,6 +33,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHAT_FORMATS = ("none", "model", *prompt.TEMPLATES)
 # The files of a model folder that decide its answers.
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "tokenizer*", "special_tokens*", "*.jinja")
+SECOND = {"generate": "pred_strict", "cloze": "pred_norm"}  # what a protocol's other rule is called in a row
 SAY_EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -84,17 +88,18 @@ def run(
     flagged = seen.flags([a.question for part in sets.values() for a in part.asked], training)
     words = tokenizer.load(folder)
     how["chat_format"] = score.use_format(words, chat_format)
-    network = _load(folder, precision, device)
+    asking = Asking(_load(folder, precision, device), words, how["chat_format"], token_budget)
+    kept = Unfinished(out, arguments)
     results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}}
+    results |= {"precision": precision, "device": device, "arguments": arguments}
     rows: list[report.Row] = []
     for name, part in sets.items():
-        results["tasks"][name] = _evaluate(network, words, part, protocols, how, token_budget, rows, flagged)
+        results["tasks"][name] = _evaluate(asking, part, protocols, how, kept, rows, flagged)
     for name, found in documents.items():
-        results["bits_per_character"][name] = {"data": hashes[name]} | _bits(network, words, name, found, token_budget)
-    results |= {"precision": precision, "device": device, "seconds": round(time.monotonic() - started, 1)}
-    results |= {"arguments": arguments, "versions": log.versions(), "commit": log.commit()}
-    _write(out, results, rows)
-    return results
+        results["bits_per_character"][name] = {"data": hashes[name]} | asking.bits(name, found)
+    _write(out, results | {"seconds": round(time.monotonic() - started, 1)}, rows)
+    kept.clear()
+    return runs.results(out)
 
 
 def _load(folder: Path, precision: str, device: str) -> PreTrainedModel:
@@ -113,7 +118,7 @@ def _where(precision: str) -> tuple[str, str]:
 
 def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
     files.write_text(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    files.write_json(out / "results.json", results)
+    files.write_json(out / "results.json", results | {"versions": log.versions(), "commit": log.commit()})
     log.say(report.table(results))
 
 
@@ -206,13 +211,45 @@ def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
     return results
 
 
+@dataclass(frozen=True)
+class Asking:
+    """A model, and how it is asked."""
+
+    network: PreTrainedModel
+    words: PreTrainedTokenizerBase
+    chat_format: str
+    token_budget: int
+
+    def rows(self, asked: Sequence[Asked], protocol: str) -> list[report.Row]:
+        """What it answers, as lines of predictions.jsonl."""
+        window = int(self.network.config.max_position_embeddings)
+        questions = [a.question for a in asked]
+        progress = _progress(f"{questions[0].task}, {asked[0].wording}, {protocol}")
+        prompts = [
+            score.ask(self.words, self.chat_format, a.question, a.wording, protocol, window, a.examples) for a in asked
+        ]
+        if protocol == "generate":
+            answers = score.generate(self.network, self.words, questions, prompts, self.token_budget, progress)
+        else:
+            answers = (score.choice if protocol == "choice" else score.cloze)(
+                self.network, self.words, questions, prompts, self.chat_format, self.token_budget, progress
+            )
+        return [_row(a, protocol, p, answer) for a, p, answer in zip(asked, prompts, answers, strict=True)]
+
+    def bits(self, name: str, texts: Sequence[str]) -> dict[str, Any]:
+        """Bits per character of a file's texts."""
+        progress = _progress(f"bits per character of {name}, windows")
+        return score.bits_per_character(
+            self.network, self.words, texts, token_budget=self.token_budget, progress=progress
+        )
+
+
 def _evaluate(
-    network: PreTrainedModel,
-    words: PreTrainedTokenizerBase,
+    asking: Asking,
     part: variants.Set,
     protocols: Sequence[str],
     how: dict[str, Any],
-    token_budget: int,
+    kept: Unfinished,
     rows: list[report.Row],
     flagged: set[tuple[str, str]] | None,
 ) -> dict[str, Any]:
@@ -220,40 +257,30 @@ def _evaluate(
 
     `how`: what every entry says of how it was made. The predictions are appended to `rows`. `flagged`: see seen.flags.
     """
-    room = int(network.config.max_position_embeddings) - score.MAX_NEW_TOKENS
-    asked, task, chat_format = part.asked, part.task.name, how["chat_format"]
+    task, shots = part.task.name, how["shots"]
     how = how | {"data": part.data} | ({"left_out": part.left_out} if part.left_out else {})
-    many = [a.question for a in asked]
-    prompts = [score.build_prompt(words, chat_format, a.question, a.wording, room, a.examples) for a in asked]
-    short = sum(p.shots < how["shots"] for p in prompts)
-    if short:
-        log.warn(f"{task}: {short} of {len(prompts)} prompts have fewer than {how['shots']} examples, for want of room")
+    by_wording: dict[str, list[Asked]] = {}
+    for asked in part.asked:
+        by_wording.setdefault(asked.wording, []).append(asked)
     entries = {}
     for protocol in protocols:
-        started = time.monotonic()
-        progress = _progress(f"{task}, {protocol}")
-        if protocol == "generate":
-            answers = score.generate(network, words, many, prompts, token_budget, progress)
-        else:
-            answers = score.choice(network, words, many, prompts, how["chat_format"], token_budget, progress)
-        lines = [_row(a, protocol, p, answer) for a, p, answer in zip(asked, prompts, answers, strict=True)]
+        lines: list[report.Row] = []
+        seconds = 0.0
+        for wording, some in by_wording.items():
+            found, spent = kept.rows((task, protocol, wording), partial(asking.rows, some, protocol))
+            lines, seconds = lines + found, seconds + spent
         if flagged is not None:
             lines = [line | {"flagged": (line["task"], line["id"]) in flagged} for line in lines]
         rows += lines
         figures = report.summary(lines, protocol)
-        entries[protocol] = figures | how | {"seconds": round(time.monotonic() - started, 1)}
-        entries[protocol] |= {"fewer_shots": short} if short else {}
+        entries[protocol] = figures | how | {"seconds": round(seconds, 1)}
+        if short := sum(line.get("shots", 0) < shots for line in lines):
+            entries[protocol]["fewer_shots"] = short
+            log.warn(f"{task}: {short} of {len(lines)} prompts show fewer than {shots} examples, for want of room")
         if figures["truncated"]:
             log.warn(f"{task}: {figures['truncated']} contexts were cut to the model's window")
     first, *others = entries.values()
     return first | ({"protocols": {e["protocol"]: e for e in others}} if others else {})
-
-
-def _bits(
-    network: PreTrainedModel, words: PreTrainedTokenizerBase, name: str, found: Sequence[str], token_budget: int
-) -> dict[str, Any]:
-    progress = _progress(f"bits per character of {name}, windows")
-    return score.bits_per_character(network, words, found, token_budget=token_budget, progress=progress)
 
 
 def _row(asked: Asked, protocol: str, read: score.Prompt, answer: score.Answer) -> report.Row:
@@ -272,6 +299,8 @@ def _row(asked: Asked, protocol: str, read: score.Prompt, answer: score.Answer) 
         "correct": answer.pred == question.gold,
         "truncated": read.truncated,
     }
+    if second := SECOND.get(protocol):
+        row[second] = None if answer.second is None else letter(answer.second)
     row |= asked.fields() | ({"shots": read.shots} if asked.examples else {})
     return row | ({"log_likelihoods": list(answer.log_likelihoods)} if answer.log_likelihoods else {})
 

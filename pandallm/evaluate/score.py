@@ -1,7 +1,8 @@
 """Protocols: how a model's answer to a question is read off, and bits per character of running text.
 
 `generate` lets the model write and takes the first letter (the original's). `choice` compares the log-likelihoods of
-the options' letters as the answer: no letter can be missing, so it tells more about a small or untuned model.
+the options' letters as the answer: no letter can be missing, so it tells more about a small or untuned model. `cloze`
+compares those of the options' texts, after a prompt that doesn't list them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from pandallm.data.questions import letter
 from pandallm.evaluate import tasks
 from pandallm.evaluate.tasks import Question
 from pandallm.model import generate as generation
-from pandallm.tokenizer import pad_id
+from pandallm.model import trees
 
-PROTOCOLS = ("generate", "choice")
+PROTOCOLS = ("generate", "choice", "cloze")
 MAX_NEW_TOKENS = 64  # the original's
 HEAD_ROWS = 512  # positions whose logits [rows, V] are held at once
 
@@ -45,11 +46,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """`pred`: index of the option the model chose, None where its output has no letter."""
+    """`pred`: index of the option the model chose, None where its output has no letter.
+
+    `second`: by the protocol's other rule, tasks.parse_strict (generate) or log-likelihood a character (cloze).
+    """
 
     output: str
     pred: int | None
-    log_likelihoods: tuple[float, ...] = ()  # of each option's letter, in nats (choice only)
+    second: int | None = None
+    log_likelihoods: tuple[float, ...] = ()  # of each option's letter or text, in nats (choice, cloze)
 
 
 def use_format(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> str:
@@ -112,6 +117,24 @@ def build_prompt(
     return replace(best, truncated=True)
 
 
+def ask(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: str,
+    question: Question,
+    wording: str,
+    protocol: str,
+    window: int,
+    examples: Sequence[Question] = (),
+) -> Prompt:
+    """A question as a protocol asks it, cut so that a window of that many tokens has room for the answer."""
+    room = MAX_NEW_TOKENS
+    if protocol == "cloze":
+        options = tokenizer(list(question.options), add_special_tokens=False)["input_ids"]
+        room = max(map(len, options)) + 8  # the blank before it, and what a tokenizer may add
+        question = replace(question, options=())
+    return build_prompt(tokenizer, chat_format, question, wording, window - room, examples)
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, chat_format: str, texts: list[str]) -> list[list[int]]:
     """Ids of prompts' texts: a raw text gets the tokenizer's own special tokens, a rendered one holds them already."""
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=chat_format == "none")["input_ids"]
@@ -138,18 +161,33 @@ def generate(
     token_budget: int,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """Protocol `generate`: at most 64 tokens, greedily; the first letter in them is the answer."""
+    """Protocol `generate`: at most 64 tokens, greedily; the first letter in them is the answer.
+
+    A text ends early where what follows can't change the answer, by either rule.
+    """
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    def decided(i: int, ids: list[int]) -> bool:
+        # A letter at the end may yet be a word's first; so may one before a character that isn't whole.
+        so_far = text(ids).rstrip(generation.REPLACEMENT) + "x"
+        return tasks.parse_strict(so_far, len(questions[i].options)) is not None
+
     written = generation.greedy_batch(
         model,
         [p.ids for p in prompts],
         MAX_NEW_TOKENS,
         generation.stop_ids(model, tokenizer),
-        pad_id(tokenizer),
         token_budget,
         progress,
+        decided,
     )
-    outputs = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
-    return [Answer(o, tasks.parse_letter(o, len(q.options))) for o, q in zip(outputs, questions, strict=True)]
+    answers = []
+    for output, question in zip(map(text, written), questions, strict=True):
+        n = len(question.options)
+        answers.append(Answer(output, tasks.parse_letter(output, n), tasks.parse_strict(output, n)))
+    return answers
 
 
 def choice(
@@ -162,13 +200,54 @@ def choice(
     progress: Progress | None = None,
 ) -> list[Answer]:
     """Protocol `choice`: the option whose letter is the likeliest answer; the first of equally likely ones."""
+    letters = [[letter(i) for i in range(len(question.options))] for question in questions]
+    answers = []
+    for sums in _of_answers(model, tokenizer, prompts, letters, chat_format, token_budget, progress):
+        pred = sums.index(max(sums))
+        answers.append(Answer(letter(pred), pred, log_likelihoods=sums))
+    return answers
+
+
+def cloze(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    chat_format: str,
+    token_budget: int,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Protocol `cloze`: the option whose text is the likeliest answer; the second rule divides by its characters.
+
+    `prompts` don't list the options.
+    """
+    options = [question.options for question in questions]
+    found = _of_answers(model, tokenizer, prompts, options, chat_format, token_budget, progress)
+    answers = []
+    for sums, texts in zip(found, options, strict=True):
+        pred = sums.index(max(sums))
+        by_length = [total / max(1, len(text)) for total, text in zip(sums, texts, strict=True)]
+        answers.append(Answer(texts[pred], pred, by_length.index(max(by_length)), sums))
+    return answers
+
+
+def _of_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[str]],
+    chat_format: str,
+    token_budget: int,
+    progress: Progress | None,
+) -> list[tuple[float, ...]]:
+    """The log-likelihood, in nats, of each of a prompt's answers."""
     lead = answer_lead(tokenizer, chat_format)
     inputs: dict[tuple[int, ...], int] = {}  # what is run, each distinct input once -> its number
     wanted: list[list[tuple[int, int]]] = []
-    places: list[list[tuple[int, int, int]]] = []  # a question's options: input, first and last of its wanted tokens
-    for question, asked in zip(questions, prompts, strict=True):
-        texts = [asked.text + lead + letter(i) for i in range(len(question.options))]
-        shared, tails = _tails(asked.ids, _encode(tokenizer, chat_format, texts))
+    places: list[list[tuple[int, int, int]]] = []  # a prompt's answers: input, first and last of its wanted tokens
+    for asked, texts in zip(prompts, answers, strict=True):
+        wholes = _encode(tokenizer, chat_format, [asked.text + lead + text for text in texts])
+        shared, tails = _tails(asked.ids, wholes)
         places.append([])
         for tail in tails:
             run = inputs.setdefault((*shared, *tail[:-1]), len(inputs))
@@ -178,12 +257,7 @@ def choice(
             wanted[run] += [(len(shared) - 1 + k, token) for k, token in enumerate(tail)]
             places[-1].append((run, first, first + len(tail)))
     scores = log_likelihoods(model, [list(ids) for ids in inputs], wanted, token_budget, progress)
-    answers = []
-    for options in places:
-        sums = tuple(math.fsum(scores[run][first:last]) for run, first, last in options)
-        pred = sums.index(max(sums))
-        answers.append(Answer(letter(pred), pred, sums))
-    return answers
+    return [tuple(math.fsum(scores[run][first:last]) for run, first, last in options) for options in places]
 
 
 def _tails(prompt_ids: list[int], wholes: list[list[int]]) -> tuple[list[int], list[list[int]]]:
@@ -208,24 +282,28 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """log p(token | input up to and with position), in nats, for the (position, token) pairs wanted of each input.
 
-    Inputs are run in batches of at most `token_budget` tokens, padding counted. Raises UserError on a result that is
-    not a number. B: inputs of a batch, T: the longest, N: pairs, H: hidden size, V: vocabulary.
+    Inputs that begin alike are run as a tree; trees in batches of at most `token_budget` tokens, padding counted.
+    Raises UserError on a result that is not a number.
+    B: trees of a batch, T: tokens of the largest, N: pairs, H: hidden size, V: vocabulary.
     """
     results: list[list[float]] = [[] for _ in inputs]
+    grown = trees.grow(inputs, trees.can_share(model, max(map(len, inputs), default=0)))
     done = 0
-    for batch in generation.batches([len(ids) for ids in inputs], token_budget):
-        width = len(inputs[batch[0]])
-        # Padded on the right, where no token of the text looks: no mask is needed, and any id pads.
-        ids = torch.tensor([[*inputs[i], *[0] * (width - len(inputs[i]))] for i in batch], device=model.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
-        pairs = [(row, position, token) for row, i in enumerate(batch) for position, token in wanted[i]]
-        rows, positions, tokens = torch.tensor(pairs, device=model.device).T
-        values = _head(model, hidden[rows, positions], tokens)
+    for batch in generation.batches([len(tree.ids) for tree in grown], token_budget):
+        hidden = trees.run(model, [grown[i] for i in batch])  # [B, T, H]
+        pairs = [  # row, place, token, input
+            (row, path[position], token, number)
+            for row, i in enumerate(batch)
+            for number, path in grown[i].paths.items()
+            for position, token in wanted[number]
+        ]
+        rows, places, tokens, _ = torch.tensor(pairs, device=model.device).T
+        values = _head(model, hidden[rows, places], tokens)
         if not all(map(math.isfinite, values)):
             raise UserError("the model's logits are not finite: its weights are damaged, or try precision fp32")
-        for (row, _, _), value in zip(pairs, values, strict=True):
-            results[batch[row]].append(value)
-        done += len(batch)
+        for (_, _, _, number), value in zip(pairs, values, strict=True):
+            results[number].append(value)
+        done += sum(len(grown[i].paths) for i in batch)
         if progress:
             progress(done, len(inputs))
     return results

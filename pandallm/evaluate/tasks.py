@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,7 +77,8 @@ def prompt_for(question: Question, wording: str, context: str | None = None, exa
 
     `context`: what is left of the question's, where all of it is too long. `examples`: are shown before, with answers.
     """
-    shown = [example_of(e.context, e.question, e.options, e.gold, wording) for e in examples]
+    listing = bool(question.options)
+    shown = [example_of(e.context, e.question, e.options, e.gold, wording, listing) for e in examples]
     left = question.context if context is None else context
     return text_of(left, question.question, question.options, wording, shown, on_text=bool(question.context))
 
@@ -89,6 +91,16 @@ def parse_letter(output: str, n_options: int) -> int | None:
     more than four options, which the original had none of, get as many letters as options. None: no letter, so wrong.
     """
     found = re.search(f"[A-{letter(max(n_options, 4) - 1)}]", output)
+    return ord(found.group()) - ord("A") if found else None
+
+
+def parse_strict(output: str, n_options: int) -> int | None:
+    """Index of the option an output names, by a stricter rule: the first letter of an option that stands alone.
+
+    "Answer: B" is B; full-width letters count; letters inside a word, or of no option, don't.
+    """
+    text = unicodedata.normalize("NFKC", output)
+    found = re.search(f"(?<![A-Za-z0-9])[A-{letter(n_options - 1)}](?![A-Za-z0-9])", text)
     return ord(found.group()) - ord("A") if found else None
 
 
@@ -290,7 +302,7 @@ TASKS: dict[str, Task] = {
         subjects=52,
     ),
     "agieval": Task(
-        ("agieval/*.jsonl", "data/v1/*.jsonl", "*.jsonl"),
+        ("agieval/*.jsonl", "data/v1_1/*.jsonl", "data/v1/*.jsonl", "*.jsonl"),
         layouts.agieval,
         1,
         "https://github.com/ruixiangcui/AGIEval (each set has its own licence; JEC-QA: https://jecqa.thunlp.org)",

@@ -28,7 +28,7 @@ def load(folder: Path, dtype: torch.dtype, attention: str = "sdpa", trust_remote
     `attention` is an implementation registered with Transformers; training uses `attention.PACKED`.
     Raises UserError for an architecture outside SUPPORTED or files that don't load.
     """
-    config = _config(folder, trust_remote_code)
+    config = read_config(folder, trust_remote_code)
     if config.model_type not in SUPPORTED and not trust_remote_code:
         raise UserError(
             f"{folder}: model_type '{config.model_type}' is not supported; supported: {', '.join(SUPPORTED)}"
@@ -59,7 +59,7 @@ def inference_dtype(device: str) -> torch.dtype:
 def from_scratch(config: dict[str, Any] | str, vocab_size: int, seed: int, attention: str) -> PreTrainedModel:
     """A model with random fp32 weights drawn from `seed`. `config`: a mapping, or a folder with config.json."""
     if isinstance(config, str):
-        built = _config(Path(config), False)
+        built = read_config(Path(config))
     else:
         values = {"vocab_size": vocab_size, **config}
         model_type = values.pop("model_type", "llama")
@@ -73,7 +73,8 @@ def from_scratch(config: dict[str, Any] | str, vocab_size: int, seed: int, atten
         return AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation=attention)
 
 
-def _config(folder: Path, trust_remote_code: bool) -> Any:
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """A model folder's config.json. UserError if it doesn't load."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
