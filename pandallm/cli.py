@@ -194,32 +194,46 @@ def evaluate(
     text: Annotated[list[Path] | None, typer.Option(help="Bits per character of this file; may be repeated.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch; near-ties in bf16 may move with it.")] = 4096,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    training: Annotated[
+        list[Path] | None,
+        typer.Option(help="Shards it was trained on: questions in them are flagged. May be repeated."),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="In place of --model: every checkpoint of this training run, into OUT/step-….")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy on C3 and LogiQA-v2 with intervals, and bits per character of any text."""
     if context.invoked_subcommand:
         return
-    if not model:
-        raise UserError("--model is needed: a folder, hub id or built-in name")
+    if bool(model) == bool(checkpoints):
+        raise UserError("--model is needed (a folder, hub id or built-in name), or --checkpoints, and not both")
+    if checkpoints and out == Path():
+        raise UserError("out: name the folder for the checkpoints' results")
     from pandallm.evaluate import run as module
+    from pandallm.evaluate.checkpoints import models_of
 
-    result = module.run(
-        model,
-        _listed(task),
-        data,
-        split,
-        _listed(protocol),
-        limit,
-        out,
-        chat_format,
-        text or [],
-        batch_tokens,
-        precision,
-        _listed(wordings),
-        shots,
-        permute,
-    )
-    _print(result, as_json)
+    results = {
+        name: module.run(
+            str(folder),
+            _listed(task),
+            data,
+            split,
+            _listed(protocol),
+            limit,
+            out / name,
+            chat_format,
+            text or [],
+            batch_tokens,
+            precision,
+            _listed(wordings),
+            shots,
+            permute,
+            training or [],
+        )
+        for name, folder in (models_of(checkpoints) if checkpoints else {"": model}).items()
+    }
+    _print(results if checkpoints else results[""], as_json)
 
 
 @eval_app.command(epilog="Example: panda eval compare runs/eval/base runs/eval/tuned")

@@ -571,18 +571,36 @@ def test_bad_texts(tmp_path: Path, text: str) -> None:
         evaluation.read_documents(tmp_path / "t.jsonl")
 
 
-def test_a_failed_run_leaves_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> list[score.Answer]:
         raise KeyboardInterrupt
 
+    how: dict[str, Any] = BASE | {"protocols": ["generate", "choice"], "wordings": ["original", "zh-bare"]}
+    whole = evaluation.run(tasks=["c3-m"], out=tmp_path / "whole", **how)
+    out, generate, asked = tmp_path / "out", score.generate, []
     monkeypatch.setattr(score, "choice", fail)
-    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        evaluation.run(tasks=["c3-m"], out=out, **(BASE | {"protocols": ["generate", "choice"]}))
-    assert not out.exists()
+        evaluation.run(tasks=["c3-m"], out=out, **how)
+    assert [path.name for path in out.iterdir()] == ["unfinished"]
     monkeypatch.undo()
-    evaluation.run(tasks=["c3-m"], out=out, **BASE)
-    assert (out / "results.json").exists()
+    monkeypatch.setattr(score, "generate", lambda *args: asked.append(args) or generate(*args))
+    again = evaluation.run(tasks=["c3-m"], out=out, **how)
+    assert not asked and sorted(p.name for p in out.iterdir()) == ["predictions.jsonl", "results.json"]
+    assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    assert again["tasks"]["c3-m"]["accuracy"] == whole["tasks"]["c3-m"]["accuracy"]
+
+
+def test_a_stopped_run_of_other_arguments_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> list[score.Answer]:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as m:
+        m.setattr(score, "choice", fail)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.run(tasks=["c3-m"], out=out, **(BASE | {"protocols": ["generate", "choice"]}))
+    evaluation.run(tasks=["c3-m"], out=out, **(BASE | {"limit": 2}))
+    assert files.read_json(out / "results.json")["tasks"]["c3-m"]["n"] == 2 and not (out / "unfinished").exists()
 
 
 def test_truncated_contexts_are_counted(tmp_path: Path) -> None:

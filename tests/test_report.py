@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +20,7 @@ from pandallm.config import UserError
 from pandallm.evaluate import charts, checkpoints, page, publish, report, runs, score, statistics, tasks
 from pandallm.evaluate import run as evaluation
 from pandallm.evaluate.report import Row
+from pandallm.model import load
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
@@ -86,8 +88,7 @@ def test_summary_of_what_the_rows_hold() -> None:
     assert figures["accuracy"] == 0.75 and figures["accuracy_strict"] == 0.5 and figures["no_letter_strict"] == 1
     assert figures["flagged"] == 2 and figures["accuracy_unflagged"] == 1.0
     assert figures["ci95_unflagged"] == list(statistics.wilson(2, 2))
-    assert figures["subjects"] == {"a": {"accuracy": 0.0, "n": 1}, "b": {"accuracy": 1.0, "n": 3}}
-    assert figures["accuracy_macro"] == 0.5
+    assert figures["subjects"] == {"a": 0.0, "b": 1.0} and figures["subjects_mean"] == 0.5
     plain = report.summary([row()], "generate")
     for key in ("accuracy_strict", "accuracy_norm", "flagged", "position_bias", "subjects", "accuracy_as_given"):
         assert key not in plain
@@ -167,11 +168,11 @@ Script = Callable[[int], str]  # number of a question -> what the model writes
 def scripted(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
     """Models that write what the script says; all else is the real path."""
 
-    def generate(model: Any, words: Any, questions: Sequence[tasks.Question], *rest: Any) -> list[score.Answer]:
+    def generate(model: Any, words: Any, questions: Sequence[tasks.Question], *_: Any, **__: Any) -> Any:
         outputs = [script(int(q.id.removeprefix("q").removesuffix("-0"))) for q in questions]
         return [score.Answer(o, tasks.parse_letter(o, len(q.options))) for o, q in zip(outputs, questions, strict=True)]
 
-    def choice(model: Any, words: Any, questions: Sequence[tasks.Question], *rest: Any) -> list[score.Answer]:
+    def choice(model: Any, words: Any, questions: Sequence[tasks.Question], *_: Any, **__: Any) -> Any:
         answers = []
         for q in questions:
             letter = script(int(q.id.removeprefix("q").removesuffix("-0")))
@@ -184,8 +185,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
     monkeypatch.setattr(score, "choice", choice)
 
 
-def evaluate(planted: Path, out: Path, protocols: Sequence[str] = ("generate",)) -> dict[str, Any]:
-    results = evaluation.run("tiny", ["c3-m"], planted, "dev", list(protocols), None, out, precision="fp32")
+def evaluate(planted: Path, out: Path, protocols: Sequence[str] = ("generate",), **changes: Any) -> dict[str, Any]:
+    arguments = {"limit": None, "precision": "fp32"} | changes
+    results = evaluation.run("tiny", ["c3-m"], planted, "dev", list(protocols), out=out, **arguments)
     return results["tasks"]["c3-m"]
 
 
@@ -232,6 +234,21 @@ def test_oracle_biased_to_a(planted: Path, tmp_path: Path, monkeypatch: pytest.M
         distances.append(1 - gold[0])  # what must move away from A
     assert bias["total_variation"] == pytest.approx(sum(distances) / 3)
     assert bias["accuracy_spread"] == 1.0
+
+
+def test_every_order_of_the_options_undoes_a_bias(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 orders: all of 4 options once, of 3 four times, of 2 twelve times. Always A is then right by chance."""
+    scripted(monkeypatch, lambda i: "A")
+    entry = evaluate(planted, tmp_path / "out", limit=24, permute=24, wordings=["all"])
+    assert entry["n"] == 24 and len(entry["wordings"]) >= 8 and entry["accuracy_std"] == 0.0
+    assert entry["accuracy"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3) == entry["chance"]
+    assert entry["accuracy_as_given"] == pytest.approx(sum(gold_of(i) == 0 for i in range(24)) / 24)
+    assert entry["ci95"] == pytest.approx(statistics.wilson(24 * entry["accuracy"], 24))  # questions, not rows
+    bias = entry["position_bias"]
+    assert bias["total_variation"] == pytest.approx((1 / 2 + 2 / 3 + 3 / 4) / 3) and bias["accuracy_spread"] == 1.0
+    assert [bias["by_options"][k]["gold"] for k in "234"] == [pytest.approx([1 / n] * n) for n in (2, 3, 4)]
 
 
 def test_silent_oracle(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +342,8 @@ def made_run(folder: Path, model: str, right: int, n: int = 20, **changes: Any) 
     tasks = {name: report.summary([r for r in rows if r["task"] == name], "generate") for name in ("c3-m", "logiqa-v2")}
     results = {"model": model, "tasks": tasks | {"mine": report.summary(rows[2 * n :], "generate")}}
     files.write_text(folder / "predictions.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    files.write_json(folder / "results.json", results | {"bits_per_character": {}, "commit": None})
+    bits = {"a.txt": {"bits_per_character": 7.25, "characters": 10, "tokens": 20, "bits": 72.5}}
+    files.write_json(folder / "results.json", results | {"bits_per_character": bits, "commit": None})
     return folder
 
 
@@ -343,6 +361,7 @@ def test_report(tmp_path: Path) -> None:
     assert head == "| model | protocol | LogiQA-v2 | C3-d | C3-m | mine |"
     assert "| Panda-Instruct-7B, step 9000 (published) | generate | 31.93 | 47.30 | 57.04 |  |" in text
     assert f"| some/model ({b}) | generate | 75.00 (53.1 … 88.8) |  | 75.00 (53.1 … 88.8) |".replace("_", "\\_") in text
+    assert "| some/model " in text.split("## Bits per character")[1] and "| 7.2500 |" in text
     assert "B is better than A by 50.0 points" in text and "![accuracy](accuracy.png)" in text
     parser = checked(tmp_path / "out" / "report.html")
     assert "Panda-7B (published)" in parser.cells
@@ -416,6 +435,9 @@ def test_bad_arguments(tmp_path: Path) -> None:
         publish.write([run, tmp_path / "x" / ".." / "run"], tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
         publish.write([tmp_path / "nowhere"], tmp_path / "out")
+    files.write_json(tmp_path / "sft" / "run.json", {})
+    with pytest.raises(UserError, match="panda eval --checkpoints"):
+        publish.write([tmp_path / "sft"], tmp_path / "out")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another --out"):
         publish.write([run], tmp_path / "file" / "out")
@@ -458,3 +480,25 @@ def test_models_of_a_run(tmp_path: Path) -> None:
     files.write_json(tmp_path / "run.json", [])
     with pytest.raises(UserError, match="damaged"):
         checkpoints.models_of(tmp_path)
+
+
+def test_every_checkpoint_is_evaluated_once(
+    tmp_path: Path, planted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "sft"
+    for step in (10, 20):
+        shutil.copytree(load.resolve("tiny"), run / "checkpoints" / f"step-{step:08d}" / "model")
+        files.write_json(run / "checkpoints" / f"step-{step:08d}" / "complete.json", {})
+    files.write_json(run / "run.json", {"finished": False, "steps": 30})
+    scripted(monkeypatch, right_with(0.5, 1))
+    line = ["eval", "--checkpoints", str(run), "--task", "c3-m", "--data", str(planted), "--split", "dev", "--json"]
+    line += ["--out", str(tmp_path / "evals")]
+    done = CliRunner().invoke(cli.app, line)
+    assert done.exit_code == 0, done.output
+    assert list(json.loads(done.stdout.splitlines()[-1])) == ["step-00000010", "step-00000020"]
+    monkeypatch.setattr(load, "load", lambda *a, **k: pytest.fail("loaded"))
+    assert CliRunner().invoke(cli.app, line).exit_code == 0
+    result = publish.write([tmp_path / "evals"], tmp_path / "out")
+    assert len(result["runs"]) == 2 and "steps.png" in result["files"]
+    for wrong in (["--model", "tiny"], ["--out", "."]):
+        assert isinstance(CliRunner().invoke(cli.app, [*line, *wrong]).exception, UserError)

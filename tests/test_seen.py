@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from pandallm import files
 from pandallm.config import UserError
 from pandallm.data import prepare
+from pandallm.evaluate import run
 from pandallm.evaluate import seen as module
 from pandallm.evaluate.seen import seen
 from pandallm.evaluate.tasks import Question
@@ -91,3 +94,24 @@ def test_batches_and_joints_do_not_matter(
 def test_no_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="manifest"):
         seen(QUESTIONS, tmp_path)
+
+
+def test_a_run_flags_what_was_seen(planted: Path, tmp_path: Path) -> None:
+    records = [
+        [[passage], [{"question": "说的是什么？", "choice": ["甲", "乙"], "answer": "甲"}], key]
+        for key, passage in (("tower", TOWER), ("bridge", BRIDGE), ("bamboo", BAMBOO))
+    ]
+    files.write_json(tmp_path / "c3-m-dev.json", records)
+    arguments: Any = ("tiny", ["c3-m"], tmp_path, "dev", ["choice"], None)
+    results = run.run(*arguments, tmp_path / "out", precision="fp32", training=[planted])
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["flagged"] for row in rows] == [True, False, False]
+    entry = results["tasks"]["c3-m"]
+    assert entry["flagged"] == 1
+    assert entry["accuracy_unflagged"] == pytest.approx(sum(row["correct"] for row in rows[1:]) / 2)
+    with pytest.raises(UserError, match="another training"):
+        run.run(*arguments, tmp_path / "out", precision="fp32")
+    with pytest.raises(UserError, match="manifest"):
+        run.run(*arguments, tmp_path / "other", precision="fp32", training=[tmp_path])
+    assert not (tmp_path / "other").exists()

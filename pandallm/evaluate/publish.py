@@ -6,6 +6,7 @@ OUT/report.md and OUT/report.html say the same; the page also has all prediction
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ def _expanded(folders: Sequence[Path]) -> list[Path]:
         inner = sorted(path.parent for path in folder.glob("step-*/results.json"))
         if not (folder / "results.json").exists() and inner:
             found += inner
+        elif (folder / "run.json").exists() and not (folder / "results.json").exists():
+            raise UserError(f"{folder}: a training run; evaluate it first: panda eval --checkpoints {folder} --out DIR")
         else:
             found.append(folder)
     if not found:
@@ -140,7 +143,7 @@ def _sections(found: list[Run], out: Path) -> list[Section]:
     for name in PICTURES:  # of an earlier report
         (out / name).unlink(missing_ok=True)
     sections = [_overview(found, keys, out), _steps(found, keys, out), _comparison(found)]
-    sections += [_details(found), _wordings(found), _positions(found), _subjects(found), _made(found)]
+    sections += [_details(found), _wordings(found), _positions(found), _subjects(found), _bits(found), _made(found)]
     return [section for section in sections if len(section[1])]
 
 
@@ -279,9 +282,21 @@ def _subjects(found: list[Run]) -> Section:
     lines = [["model", "task", "protocol", "subject", "n", "accuracy %"]]
     for run in found:
         for (task, protocol), entry in run.entries.items():
-            for name, e in entry.get("subjects", {}).items():
-                lines.append([run.label, task, protocol, name, str(e["n"]), percent(e["accuracy"])])
+            ids = {(row.get("subject"), row["id"]) for row in run.rows[task, protocol]}
+            n = Counter(subject for subject, _ in ids)
+            for name, accuracy in entry.get("subjects", {}).items():
+                lines.append([run.label, task, protocol, name, str(n[name]), percent(accuracy)])
     return "By subject", [lines] if len(lines) > 1 else []
+
+
+def _bits(found: list[Run]) -> Section:
+    """Bits per character of texts, a column each."""
+    texts = list(dict.fromkeys(name for run in found for name in run.results.get("bits_per_character", {})))
+    lines = [["model", *texts]]
+    for run in found:
+        told = run.results.get("bits_per_character", {})
+        lines.append([run.label, *(f"{told[t]['bits_per_character']:.4f}" if t in told else "" for t in texts)])
+    return "Bits per character", ["Lower is better.", lines] if texts else []
 
 
 def _made(found: list[Run]) -> Section:

@@ -122,12 +122,8 @@ def _of_subjects(rows: Sequence[Row]) -> Entry:
             subjects.setdefault(row["subject"], []).append(row)
     if not subjects:
         return {}
-    entries = {
-        name: {"accuracy": _accuracy(some)["accuracy"], "n": len({row["id"] for row in some})}
-        for name, some in subjects.items()
-    }
-    mean = math.fsum(entry["accuracy"] for entry in entries.values()) / len(entries)
-    return {"subjects": entries, "accuracy_macro": mean}
+    means = {name: _accuracy(some)["accuracy"] for name, some in subjects.items()}
+    return {"subjects": means, "subjects_mean": math.fsum(means.values()) / len(means)}
 
 
 def entries(results: dict[str, Any]) -> dict[tuple[str, str], Entry]:
@@ -162,7 +158,7 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
     "options as given": lambda e: percent(e["accuracy_as_given"]) if "accuracy_as_given" in e else "",
     "strict parse": lambda e: percent(e["accuracy_strict"]) if "accuracy_strict" in e else "",
     "by length": lambda e: percent(e["accuracy_norm"]) if "accuracy_norm" in e else "",
-    "mean of subjects": lambda e: percent(e["accuracy_macro"]) if "accuracy_macro" in e else "",
+    "mean of subjects": lambda e: percent(e["subjects_mean"]) if "subjects_mean" in e else "",
     "chance": lambda e: percent(e["chance"]) if "chance" in e else "",
     "position bias": lambda e: percent(e["position_bias"]["total_variation"]) if "position_bias" in e else "",
     "no letter": lambda e: str(e["no_letter"]),

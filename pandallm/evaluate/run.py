@@ -1,7 +1,7 @@
 """`panda eval`: a model's answers to the tasks' questions and its bits per character, written down with what made them.
 
 OUT/predictions.jsonl has every prompt and output; OUT/results.json, written last, the figures. A run that finished is
-not run again; one that did not finish has left no results.json and starts over.
+not run again; one that did not finish goes on, task by task, protocol by protocol, wording by wording.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pandallm import files, log, prompt, tokenizer
 from pandallm.config import UserError, read_text
 from pandallm.data.questions import letter
-from pandallm.evaluate import report, runs, score, variants
+from pandallm.data.shards import Shards
+from pandallm.evaluate import report, runs, score, seen, variants
 from pandallm.evaluate.tasks import TASKS
+from pandallm.evaluate.unfinished import Unfinished
 from pandallm.evaluate.variants import Asked
 from pandallm.model import load as models
 
@@ -48,64 +52,73 @@ def run(
     wordings: Sequence[str] = ("original",),
     shots: int = 0,
     permute: int = 1,
+    training: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Evaluates a model and returns what it wrote to OUT/results.json.
 
     `model`: folder, hub id or built-in name. `tasks`: see tasks.get. `limit`, `wordings`, `shots`, `permute`: see
     variants.sets. `chat_format`: see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of
-    a batch, padding counted. `precision`: fp32, bf16, or auto (bf16 where the device computes in it).
-    Raises UserError for every mistake in these, before the model is loaded, and if OUT holds another evaluation.
+    a batch, padding counted. `precision`: fp32, bf16, or auto (bf16 where the device computes in it). `training`: see
+    seen.flags. Raises UserError for every mistake in these, before the model is loaded, and if OUT is another run's.
     """
     _check(tasks, data, protocols, limit, out, chat_format, texts, token_budget, precision)
     sets = variants.sets(tasks, data, split, limit, wordings, shots, permute)
     documents = {path.name: read_documents(path) for path in texts}
     folder = models.resolve(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = _precision(precision, device)
+    device, precision = _where(precision)
     hashes = {name: part.data for name, part in sets.items()}
     hashes |= {path.name: files.hash_file(path) for path in texts}
+    how: dict[str, Any] = {"split": split, "shots": shots, "permute": permute}
     arguments = {
         "model": _hash_model(folder),
         "tasks": {name: part.task.version for name, part in sets.items()},
         "texts": list(documents),
         "data": hashes,
-        "split": split,
         "protocols": list(protocols),
         "chat_format": chat_format,
         "precision": precision,
-    } | {"limit": limit, "wordings": variants.wordings(wordings), "shots": shots, "permute": permute}
+        "limit": limit,
+        "wordings": variants.wordings(wordings),
+        "training": [Shards(folder).hash for folder in training],
+    } | how
     finished = _finished(out, arguments)
     if finished is not None:
-        log.say(f"{out}: this evaluation is done already\n{report.table(finished)}")
         return finished
     started = time.monotonic()
+    flagged = seen.flags([a.question for part in sets.values() for a in part.asked], training)
     words = tokenizer.load(folder)
-    used_format = score.use_format(words, chat_format)
+    how["chat_format"] = score.use_format(words, chat_format)
+    asking = Asking(_load(folder, precision, device), words, how["chat_format"], token_budget)
+    kept = Unfinished(out, arguments)
+    results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}}
+    results |= {"precision": precision, "device": device, "arguments": arguments}
+    rows: list[report.Row] = []
+    for name, part in sets.items():
+        results["tasks"][name] = _evaluate(asking, part, protocols, how, kept, rows, flagged)
+    for name, found in documents.items():
+        results["bits_per_character"][name] = {"data": hashes[name]} | asking.bits(name, found)
+    _write(out, results | {"seconds": round(time.monotonic() - started, 1)}, rows)
+    kept.clear()
+    return runs.results(out)
+
+
+def _load(folder: Path, precision: str, device: str) -> PreTrainedModel:
     network = models.load(folder, PRECISIONS[precision]).eval()
     network.to(torch.device(device))
-    results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}}
-    rows: list[report.Row] = []
-    how: dict[str, Any] = {"chat_format": used_format, "split": split, "shots": shots, "permute": permute}
-    for name, part in sets.items():
-        results["tasks"][name] = _evaluate(network, words, part, protocols, how, token_budget, rows)
-    for name, found in documents.items():
-        bits = _bits(network, words, name, found, token_budget)
-        results["bits_per_character"][name] = bits | {"data": hashes[name]}
-    results |= {"precision": precision, "device": device, "seconds": round(time.monotonic() - started, 1)}
-    results |= {"arguments": arguments, "versions": log.versions(), "commit": log.commit()}
-    _write(out, results, rows)
-    return results
+    return network
 
 
-def _precision(wanted: str, device: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
+def _where(precision: str) -> tuple[str, str]:
+    """Device and precision to compute in."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
+    return device, precision
 
 
 def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
     files.write_text(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    files.write_json(out / "results.json", results)
+    files.write_json(out / "results.json", results | {"versions": log.versions(), "commit": log.commit()})
     log.say(report.table(results))
 
 
@@ -194,65 +207,80 @@ def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
         if before.get(key) != value:
             shown = "" if key in ("model", "data") else f" ({before.get(key)}, now {value})"
             raise UserError(f"{out}: holds an evaluation with another {key}{shown}; choose another --out")
+    log.say(f"{out}: this evaluation is done already\n{report.table(results)}")
     return results
 
 
+@dataclass(frozen=True)
+class Asking:
+    """A model, and how it is asked."""
+
+    network: PreTrainedModel
+    words: PreTrainedTokenizerBase
+    chat_format: str
+    token_budget: int
+
+    def rows(self, asked: Sequence[Asked], protocol: str) -> list[report.Row]:
+        """What it answers, as lines of predictions.jsonl."""
+        window = int(self.network.config.max_position_embeddings)
+        questions = [a.question for a in asked]
+        progress = _progress(f"{questions[0].task}, {asked[0].wording}, {protocol}")
+        prompts = [
+            score.ask(self.words, self.chat_format, a.question, a.wording, protocol, window, a.examples) for a in asked
+        ]
+        if protocol == "generate":
+            answers = score.generate(self.network, self.words, questions, prompts, self.token_budget, progress)
+        else:
+            answers = (score.choice if protocol == "choice" else score.cloze)(
+                self.network, self.words, questions, prompts, self.chat_format, self.token_budget, progress
+            )
+        return [_row(a, protocol, p, answer) for a, p, answer in zip(asked, prompts, answers, strict=True)]
+
+    def bits(self, name: str, texts: Sequence[str]) -> dict[str, Any]:
+        """Bits per character of a file's texts."""
+        progress = _progress(f"bits per character of {name}, windows")
+        return score.bits_per_character(
+            self.network, self.words, texts, token_budget=self.token_budget, progress=progress
+        )
+
+
 def _evaluate(
-    network: PreTrainedModel,
-    words: PreTrainedTokenizerBase,
+    asking: Asking,
     part: variants.Set,
     protocols: Sequence[str],
     how: dict[str, Any],
-    token_budget: int,
+    kept: Unfinished,
     rows: list[report.Row],
+    flagged: set[tuple[str, str]] | None,
 ) -> dict[str, Any]:
     """A task's entry in results.json: the first protocol's figures, the others' below "protocols".
 
-    `how`: what every entry says of how it was made. The predictions are appended to `rows`.
+    `how`: what every entry says of how it was made. The predictions are appended to `rows`. `flagged`: see seen.flags.
     """
-    window = int(network.config.max_position_embeddings)
-    asked, task, chat_format = part.asked, part.task.name, how["chat_format"]
+    task, shots = part.task.name, how["shots"]
     how = how | {"data": part.data} | ({"left_out": part.left_out} if part.left_out else {})
-    many = [a.question for a in asked]
+    by_wording: dict[str, list[Asked]] = {}
+    for asked in part.asked:
+        by_wording.setdefault(asked.wording, []).append(asked)
     entries = {}
     for protocol in protocols:
-        started = time.monotonic()
-        progress = _progress(f"{task}, {protocol}")
-        prompts = [score.ask(words, chat_format, a.question, a.wording, protocol, window, a.examples) for a in asked]
-        short = sum(p.shots < how["shots"] for p in prompts)
-        if short:
-            log.warn(f"{task}: {short} of {len(prompts)} prompts show fewer than {how['shots']} examples: no room")
-        if protocol == "generate":
-            answers = score.generate(network, words, many, prompts, token_budget, progress)
-        else:
-            likeliest = score.choice if protocol == "choice" else score.cloze
-            answers = likeliest(network, words, many, prompts, chat_format, token_budget, progress)
-        lines = [_row(a, protocol, p, answer) for a, p, answer in zip(asked, prompts, answers, strict=True)]
+        lines: list[report.Row] = []
+        seconds = 0.0
+        for wording, some in by_wording.items():
+            found, spent = kept.rows((task, protocol, wording), partial(asking.rows, some, protocol))
+            lines, seconds = lines + found, seconds + spent
+        if flagged is not None:
+            lines = [line | {"flagged": (line["task"], line["id"]) in flagged} for line in lines]
         rows += lines
-        figures = report.summary(lines, protocol) | _by_subject(lines)
-        entries[protocol] = figures | how | {"seconds": round(time.monotonic() - started, 1)}
-        entries[protocol] |= {"fewer_shots": short} if short else {}
+        figures = report.summary(lines, protocol)
+        entries[protocol] = figures | how | {"seconds": round(seconds, 1)}
+        if short := sum(line.get("shots", 0) < shots for line in lines):
+            entries[protocol]["fewer_shots"] = short
+            log.warn(f"{task}: {short} of {len(lines)} prompts show fewer than {shots} examples, for want of room")
         if figures["truncated"]:
             log.warn(f"{task}: {figures['truncated']} contexts were cut to the model's window")
     first, *others = entries.values()
     return first | ({"protocols": {e["protocol"]: e for e in others}} if others else {})
-
-
-def _by_subject(lines: Sequence[report.Row]) -> dict[str, Any]:
-    """Accuracy of each subject, and their mean, where a task has subjects."""
-    right: dict[str, list[bool]] = {}
-    for row in lines:
-        if "subject" in row:
-            right.setdefault(row["subject"], []).append(row["correct"])
-    means = {subject: sum(correct) / len(correct) for subject, correct in right.items()}
-    return {"subjects": means, "subjects_mean": sum(means.values()) / len(means)} if means else {}
-
-
-def _bits(
-    network: PreTrainedModel, words: PreTrainedTokenizerBase, name: str, found: Sequence[str], token_budget: int
-) -> dict[str, Any]:
-    progress = _progress(f"bits per character of {name}, windows")
-    return score.bits_per_character(network, words, found, token_budget=token_budget, progress=progress)
 
 
 def _row(asked: Asked, protocol: str, read: score.Prompt, answer: score.Answer) -> report.Row:

@@ -20,6 +20,12 @@ MOST_TOKENS = 1 << 16  # of a text that was cut into pieces, joined again
 BLOCK = 1 << 20  # numbers of documents read at once
 
 
+def flags(questions: Iterable[Question], folders: Sequence[Path]) -> set[tuple[str, str]] | None:
+    """(task, id) of the questions seen in any of the shards; None where no shards are given."""
+    once = list({(question.task, question.id): question for question in questions}.values())
+    return set().union(*(seen(once, folder) for folder in folders)) if folders else None
+
+
 def seen(questions: Sequence[Question], folder: Path) -> set[tuple[str, str]]:
     """(task, id) of the questions that stand in the rows of the shards in `folder`.
 
