@@ -81,8 +81,7 @@ def run(
         "wordings": variants.wordings(wordings),
         "training": [Shards(folder).hash for folder in training],
     } | how
-    finished = _finished(out, arguments)
-    if finished is not None:
+    if (finished := _finished(out, arguments)) is not None:
         return finished
     started = time.monotonic()
     flagged = seen.flags([a.question for part in sets.values() for a in part.asked], training)
@@ -90,16 +89,16 @@ def run(
     how["chat_format"] = score.use_format(words, chat_format)
     asking = Asking(_load(folder, precision, device), words, how["chat_format"], token_budget)
     kept = Unfinished(out, arguments)
-    results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}}
-    results |= {"precision": precision, "device": device, "arguments": arguments}
+    results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}, "arguments": arguments}
     rows: list[report.Row] = []
     for name, part in sets.items():
         results["tasks"][name] = _evaluate(asking, part, protocols, how, kept, rows, flagged)
     for name, found in documents.items():
         results["bits_per_character"][name] = {"data": hashes[name]} | asking.bits(name, found)
-    _write(out, results | {"seconds": round(time.monotonic() - started, 1)}, rows)
+    results |= {"precision": precision, "device": device, "seconds": round(time.monotonic() - started, 1)}
+    _write(out, results, rows)
     kept.clear()
-    return runs.results(out)
+    return results
 
 
 def _load(folder: Path, precision: str, device: str) -> PreTrainedModel:
@@ -117,8 +116,9 @@ def _where(precision: str) -> tuple[str, str]:
 
 
 def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
+    results |= {"versions": log.versions(), "commit": log.commit()}
     files.write_text(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    files.write_json(out / "results.json", results | {"versions": log.versions(), "commit": log.commit()})
+    files.write_json(out / "results.json", results)
     log.say(report.table(results))
 
 
