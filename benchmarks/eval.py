@@ -108,8 +108,9 @@ def ours(args: argparse.Namespace, key: Key) -> Result:
         question = args.questions[task, protocol][row["id"]]
         lengths = [len(option) for option in question["options"]] if protocol == "cloze" else []
         found = likeliest(row["log_likelihoods"], lengths, question["gold"])
-        if found[""].pred != row["pred"]:
-            raise ValueError(f"{out}: {row['id']}: {row['pred']} isn't the likeliest: {row['log_likelihoods']}")
+        for rule, name in (("", "pred"), ("by length", "pred_norm")):
+            if rule in found and row.get(name, found[rule].pred) != found[rule].pred:
+                raise ValueError(f"{out}: {row['id']}: {name} isn't the likeliest: {row['log_likelihoods']}")
         replies |= {(row["id"], rule): reply for rule, reply in found.items()}
     return Result("ours", float(entry["seconds"]), wall, peak, replies)
 
@@ -140,8 +141,9 @@ def harness(args: argparse.Namespace, key: Key, batch: str) -> Result:
         lengths = [len(option) for option in doc["options"]] if protocol == "cloze" else []
         found = likeliest(sums, lengths, doc["gold"])
         replies |= {(doc["id"], rule): reply for rule, reply in found.items()}
-        if bool(sample["acc"]) != found[""].correct:
-            raise ValueError(f"{samples}: {doc['id']}: acc isn't that of its log-likelihoods")
+        for rule, metric in (("", "acc"), ("by length", "acc_norm")):
+            if rule in found and bool(sample[metric]) != found[rule].correct:
+                raise ValueError(f"{samples}: {doc['id']}: {metric} isn't that of its log-likelihoods")
     versions = " ".join(done["versions"].values())
     return Result(f"lm-eval {versions}, batch size {batch}", float(done["seconds"]), wall, peak, replies)
 

@@ -102,6 +102,7 @@ def run(
 
 
 def _load(folder: Path, precision: str, device: str) -> PreTrainedModel:
+    models.keep_memory()
     network = models.load(folder, PRECISIONS[precision]).eval()
     network.to(torch.device(device))
     return network
