@@ -90,6 +90,18 @@ def stats(
     _print(figures, as_json, module.text(figures))
 
 
+@data_app.command(epilog="Example: panda data fetch c3-m --out eval")
+def fetch(
+    task: Annotated[str, typer.Argument(help="c3-d, c3-m, logiqa-v2 or logiqa-v2-en.")],
+    out: Annotated[Path, typer.Option(help="Folder to put the files in, for --data of panda eval.")],
+    as_json: AsJson = False,
+) -> None:
+    """A task's question files, from where their authors publish them; licences stay theirs and are said."""
+    from pandallm.evaluate import fetch as module
+
+    _print(module.run(task, out), as_json)
+
+
 @app.command(epilog="Example: panda train conf/demo/sft.yaml learning_rate=1e-4")
 def train(conf: str, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train a stage: pretraining or instruction tuning. After a kill the same command goes on."""
@@ -159,49 +171,92 @@ def _listed(text: str) -> list[str]:
 def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder, hub id or built-in name.")] = "",
-    task: Annotated[str, typer.Option(help="c3-d, c3-m, logiqa-v2; several with commas.")] = "",
+    task: Annotated[
+        str,
+        typer.Option(
+            help="c3-d, c3-m, logiqa-v2, logiqa-v2-en, cmmlu, ceval, agieval, gaokao; a subject: cmmlu/anatomy; or a"
+            " task of yours: mine.yaml. Several with commas."
+        ),
+    ] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files.")] = None,
-    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
-    protocol: Annotated[str, typer.Option(help="generate (the original's), choice; both with a comma.")] = "generate",
-    limit: Annotated[int | None, typer.Option(help="The first N questions of each task.")] = None,
+    split: Annotated[str, typer.Option(help="test, dev, train; val of ceval.")] = "test",
+    protocol: Annotated[
+        str, typer.Option(help="generate (the original's), choice, cloze; several with commas.")
+    ] = "generate",
+    wordings: Annotated[
+        str, typer.Option(help="original, all, or names with commas: the accuracy is the mean over them.")
+    ] = "original",
+    shots: Annotated[int, typer.Option(help="Show the first K questions of the train split, answered, before.")] = 0,
+    permute: Annotated[int, typer.Option(help="Ask each question with N orders of its options.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="The first N questions of each task or subject.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json and predictions.jsonl.")] = Path(),
     chat_format: Annotated[str | None, typer.Option(help="none, model (its own), or a format's name.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Bits per character of this file; may be repeated.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch; near-ties in bf16 may move with it.")] = 4096,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    training: Annotated[
+        list[Path] | None,
+        typer.Option(help="Shards it was trained on: questions in them are flagged. May be repeated."),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="In place of --model: every checkpoint of this training run, into OUT/step-….")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy on C3 and LogiQA-v2 with intervals, and bits per character of any text."""
     if context.invoked_subcommand:
         return
-    if not model:
-        raise UserError("--model is needed: a folder, hub id or built-in name")
+    if bool(model) == bool(checkpoints):
+        raise UserError("--model is needed (a folder, hub id or built-in name), or --checkpoints, and not both")
+    if checkpoints and out == Path():
+        raise UserError("out: name the folder for the checkpoints' results")
     from pandallm.evaluate import run as module
+    from pandallm.evaluate.checkpoints import models_of
 
-    result = module.run(
-        model,
-        _listed(task),
-        data,
-        split,
-        _listed(protocol),
-        limit,
-        out,
-        chat_format,
-        text or [],
-        batch_tokens,
-        precision,
-    )
-    _print(result, as_json)
+    results = {
+        name: module.run(
+            str(folder),
+            _listed(task),
+            data,
+            split,
+            _listed(protocol),
+            limit,
+            out / name,
+            chat_format,
+            text or [],
+            batch_tokens,
+            precision,
+            _listed(wordings),
+            shots,
+            permute,
+            training or [],
+        )
+        for name, folder in (models_of(checkpoints) if checkpoints else {"": model}).items()
+    }
+    _print(results if checkpoints else results[""], as_json)
 
 
 @eval_app.command(epilog="Example: panda eval compare runs/eval/base runs/eval/tuned")
 def compare(run_a: Path, run_b: Path, as_json: AsJson = False) -> None:
-    """Paired difference of two evaluations, with its interval."""
-    from pandallm.evaluate import report
-    from pandallm.evaluate import run as module
+    """Is B better than A? The difference question by question, its interval, and a verdict."""
+    from pandallm.evaluate import report, runs
 
-    result = module.compare(run_a, run_b)
+    result = runs.compare(run_a, run_b)
     _print(result, as_json, report.comparison_table(result))
+
+
+@eval_app.command("report", epilog="Example: panda eval report runs/eval/base runs/eval/tuned --out runs/eval/report")
+def eval_report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Evaluations, or folders of a run's checkpoints'.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.md, report.html and pictures.")],
+    as_json: AsJson = False,
+) -> None:
+    """Evaluations beside the original's published figures: Markdown, pictures, a page with every answer and filters."""
+    from pandallm.evaluate import publish
+
+    _print(publish.write(runs, out), as_json)
 
 
 @eval_app.command(

@@ -26,7 +26,7 @@ from pandallm.config import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ChatFormat = Literal["panda", "chatml", "llama2", "llama3", "alpaca", "belle", "linly"]
+ChatFormat = Literal["panda", "chatml", "llama2", "llama3", "alpaca", "stanford_alpaca", "belle", "linly"]
 
 # plain() trims contents: white space at the edge of an answer is noise, and the place where tokenizers render a prompt
 # differently with and without the answer behind it. And it breaks the names of special tokens (BREAKS).
@@ -53,11 +53,16 @@ def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+_ALPACA = (  # Stanford's own opening, where no system text is given
+    "{%- if messages[0]['role'] != 'system' -%}{{ 'Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\\n\\n' }}{%- endif -%}"
+)
 TEMPLATES: dict[str, str] = {
     # The original's own (RECIPE section 2): inputs + " " + targets + eos. The space belongs to the answer, so that the
     # prompt of a server, which ends before it, is a prefix of what was trained.
     "panda": _plain("", "", lead=" "),
     "alpaca": _plain("### Instruction:\n", "\n\n### Response:\n"),
+    "stanford_alpaca": _plain("### Instruction:\n", "\n\n### Response:").replace("BOS", f"BOS{_ALPACA}"),
     "belle": _plain("Human: \n", "\n\nAssistant: \n", join="\n\n"),
     "linly": _plain("### Instruction:", "  ### Response:", join="\n"),
     "chatml": (
@@ -369,8 +374,7 @@ _PROBES = ("你好，世界。", "Hello", "3.14", "“好”", "：是", "(a)", 
 def check_format(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> None:
     """Raises UserError if a served prompt's ids differ from the same prompt's ids in training, or if the name of a
     special token inside a message becomes that token."""
-    forged = " ".join(_names(tokenizer))
-    if _control_tokens(tokenizer, forged) != _control_tokens(tokenizer, "A"):
+    if _control_tokens(tokenizer, " ".join(_names(tokenizer))) != _control_tokens(tokenizer, "A"):
         raise UserError(
             f"chat_format {chat_format}: with this tokenizer the name of a special token, written in a message, becomes"
             " that token; its normalizer must leave blanks alone"

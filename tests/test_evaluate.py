@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from pandallm import demo, files, prompt, tokenizer
 from pandallm.config import UserError
 from pandallm.data.questions import letter
-from pandallm.evaluate import report, score, tasks
+from pandallm.evaluate import report, runs, score, statistics, tasks
 from pandallm.evaluate import run as evaluation
 from pandallm.evaluate.tasks import Question
 from pandallm.model import load
@@ -76,6 +76,17 @@ def test_prompt(question: Question) -> None:
         ("E", 5, 4),
         ("", 4, None),
         ("没有答案\n\n", 4, None),
+        ("(C)", 4, 2),
+        ("\n\n  D\n", 4, 3),
+        ("答案是：　Ｂ，也就是 B", 4, 1),  # full-width letters don't count
+        ("DNA 和 A", 4, 3),  # a word's letter does
+        ("CBA", 4, 2),
+        ("Ａ／Ｂ／Ｃ", 4, None),
+        ("選項丙", 4, None),
+        ("option c", 4, None),
+        ("The answer is B", 4, 1),  # "T" and "h" are none of them
+        ("🐼D", 4, 3),
+        ("\ufffdB", 4, 1),
     ],
 )
 def test_parse_letter(output: str, n_options: int, index: int | None) -> None:
@@ -99,7 +110,7 @@ def test_line_ends_and_byte_order_mark_do_not_matter(tmp_path: Path) -> None:
         text = (DEMO / name).read_text(encoding="utf-8")
         flat = tmp_path / Path(name).name  # and without the subfolder
         flat.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
-    for task in tasks.TASKS:
+    for task in ("c3-d", "c3-m", "logiqa-v2"):
         assert tasks.load(task, tmp_path, "dev") == tasks.load(task, DEMO, "dev")
 
 
@@ -113,14 +124,14 @@ def test_files_are_found(tmp_path: Path) -> None:
     assert str(tmp_path / "c3/c3-d-test.json") in str(e.value) and str(tmp_path / "c3-d-test.json") in str(e.value)
     (tmp_path / "train_zh.part.txt").touch()
     (tmp_path / "test_zh.part.txt").touch()
-    assert tasks.find("logiqa-v2", tmp_path, "train").name == "train_zh.part.txt"
+    assert [p.name for p in tasks.find("logiqa-v2", tmp_path, "train")] == ["train_zh.part.txt"]
     with pytest.raises(UserError):  # a stray file is not the test set
         tasks.find("logiqa-v2", tmp_path, "test")
     (tmp_path / "train_zh.more.txt").touch()
     with pytest.raises(UserError, match="both fit"):
         tasks.find("logiqa-v2", tmp_path, "train")
     (tmp_path / "train_zh.txt").touch()
-    assert tasks.find("logiqa-v2", tmp_path, "train").name == "train_zh.txt"
+    assert [p.name for p in tasks.find("logiqa-v2", tmp_path, "train")] == ["train_zh.txt"]
 
 
 def c3(**changes: Any) -> list[Any]:
@@ -389,26 +400,26 @@ def test_a_broken_model_has_no_score(tiny: tuple[PreTrainedModel, PreTrainedToke
 
 
 def test_wilson() -> None:
-    assert report.wilson(15, 50) == pytest.approx((0.19103, 0.43750), abs=1e-5)  # Newcombe 1998's kind of example
-    assert report.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
-    assert report.wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)  # the same
-    assert report.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)  # the same
-    assert report.wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=1e-4)
+    assert statistics.wilson(15, 50) == pytest.approx((0.19103, 0.43750), abs=1e-5)  # Newcombe 1998's kind of example
+    assert statistics.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
+    assert statistics.wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)  # the same
+    assert statistics.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)  # the same
+    assert statistics.wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=1e-4)
 
 
 def test_mcnemar() -> None:
-    assert report.mcnemar(0, 0) == 1.0 and report.mcnemar(5, 5) == 1.0
-    assert report.mcnemar(1, 9) == report.mcnemar(9, 1) == pytest.approx(22 / 1024)
-    assert 0 <= report.mcnemar(900, 1100) < 1e-5
+    assert statistics.mcnemar(0, 0) == 1.0 and statistics.mcnemar(5, 5) == 1.0
+    assert statistics.mcnemar(1, 9) == statistics.mcnemar(9, 1) == pytest.approx(22 / 1024)
+    assert 0 <= statistics.mcnemar(900, 1100) < 1e-5
 
 
 def test_bootstrap() -> None:
     differences = [1.0] * 30 + [-1.0] * 10 + [0.0] * 60
-    low, high = report.bootstrap(differences)
-    assert (low, high) == report.bootstrap(differences)
+    low, high = statistics.bootstrap(differences)
+    assert (low, high) == statistics.bootstrap(differences)
     drawn = np.random.default_rng(7).choice(differences, size=(10_000, 100)).mean(1)
     assert (low, high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.011)
-    assert report.bootstrap([0.0] * 5) == (0.0, 0.0)
+    assert statistics.bootstrap([0.0] * 5) == (0.0, 0.0)
 
 
 def test_summary_over_wordings() -> None:
@@ -422,7 +433,7 @@ def test_summary_over_wordings() -> None:
     figures = report.summary(rows, "generate")
     assert figures["accuracy"] == 0.5 and figures["n"] == 10 and figures["no_letter"] == 1 and figures["truncated"] == 2
     assert figures["accuracy_std"] == pytest.approx(math.sqrt(0.02))
-    assert figures["ci95"] == list(report.wilson(5, 10))
+    assert figures["ci95"] == list(statistics.wilson(5, 10))
     assert figures["wordings"] == [{"wording": "original", "accuracy": 0.4}, {"wording": "other", "accuracy": 0.6}]
     assert report.summary(rows[:10], "generate")["accuracy_std"] == 0.0
 
@@ -460,12 +471,12 @@ def test_results(finished: Path) -> None:
         mine = [row for row in rows if (row["task"], row["protocol"]) == (task, protocol)]
         assert entry["n"] == 3 == len(mine) and entry["protocol"] == protocol
         assert entry["accuracy"] == pytest.approx(sum(row["correct"] for row in mine) / 3)
-        assert entry["ci95"] == list(report.wilson(sum(row["correct"] for row in mine), 3))
+        assert entry["ci95"] == list(statistics.wilson(sum(row["correct"] for row in mine), 3))
         assert entry["wordings"] == [{"wording": "original", "accuracy": entry["accuracy"]}]
         assert entry["accuracy_std"] == 0.0 and entry["truncated"] == 0
         assert entry["no_letter"] == sum(row["pred"] is None for row in mine)
         assert entry["chat_format"] == "none" and entry["split"] == "dev" and entry["seconds"] >= 0
-        assert entry["data"] == files.hash_file(tasks.find(task, DEMO, "dev"))
+        assert entry["data"] == files.hash_file(tasks.find(task, DEMO, "dev")[0])
         for row, question in zip(mine, tasks.load(task, DEMO, "dev"), strict=False):
             assert row["id"] == question.id and row["prompt"] == tasks.prompt_for(question, "original")
             assert row["gold"] == letter(question.gold) and row["correct"] == (row["pred"] == row["gold"])
@@ -560,18 +571,36 @@ def test_bad_texts(tmp_path: Path, text: str) -> None:
         evaluation.read_documents(tmp_path / "t.jsonl")
 
 
-def test_a_failed_run_leaves_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> list[score.Answer]:
         raise KeyboardInterrupt
 
+    how: dict[str, Any] = BASE | {"protocols": ["generate", "choice"], "wordings": ["original", "zh-bare"]}
+    whole = evaluation.run(tasks=["c3-m"], out=tmp_path / "whole", **how)
+    out, generate, asked = tmp_path / "out", score.generate, []
     monkeypatch.setattr(score, "choice", fail)
-    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        evaluation.run(tasks=["c3-m"], out=out, **(BASE | {"protocols": ["generate", "choice"]}))
-    assert not out.exists()
+        evaluation.run(tasks=["c3-m"], out=out, **how)
+    assert [path.name for path in out.iterdir()] == ["unfinished"]
     monkeypatch.undo()
-    evaluation.run(tasks=["c3-m"], out=out, **BASE)
-    assert (out / "results.json").exists()
+    monkeypatch.setattr(score, "generate", lambda *args: asked.append(args) or generate(*args))
+    again = evaluation.run(tasks=["c3-m"], out=out, **how)
+    assert not asked and sorted(p.name for p in out.iterdir()) == ["predictions.jsonl", "results.json"]
+    assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    assert again["tasks"]["c3-m"]["accuracy"] == whole["tasks"]["c3-m"]["accuracy"]
+
+
+def test_a_stopped_run_of_other_arguments_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> list[score.Answer]:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as m:
+        m.setattr(score, "choice", fail)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.run(tasks=["c3-m"], out=out, **(BASE | {"protocols": ["generate", "choice"]}))
+    evaluation.run(tasks=["c3-m"], out=out, **(BASE | {"limit": 2}))
+    assert files.read_json(out / "results.json")["tasks"]["c3-m"]["n"] == 2 and not (out / "unfinished").exists()
 
 
 def test_truncated_contexts_are_counted(tmp_path: Path) -> None:
@@ -599,30 +628,30 @@ def doctored(source: Path, target: Path, change: Callable[[dict[str, Any]], dict
 def test_compare(finished: Path, tmp_path: Path) -> None:
     right = doctored(finished, tmp_path / "right", lambda row: row | {"correct": True})
     wrong = doctored(finished, tmp_path / "wrong", lambda row: row | {"correct": False})
-    found = evaluation.compare(wrong, right)
+    found = runs.compare(wrong, right)
     assert found["a"] == found["b"] == "tiny" and list(found["tasks"]) == ["c3-m", "logiqa-v2"]
     for entry in report.entries(found).values():
         assert entry["n"] == entry["only_b"] == 3 and entry["difference"] == 1.0 and entry["ci95"] == [1.0, 1.0]
         assert entry["mcnemar_p"] == 0.25 and (entry["accuracy_a"], entry["accuracy_b"]) == (0.0, 1.0)
     assert len(report.entries(found)) == 4
-    assert evaluation.compare(right, wrong)["tasks"]["c3-m"]["difference"] == -1.0
-    assert evaluation.compare(finished, finished)["tasks"]["c3-m"]["mcnemar_p"] == 1.0
+    assert runs.compare(right, wrong)["tasks"]["c3-m"]["difference"] == -1.0
+    assert runs.compare(finished, finished)["tasks"]["c3-m"]["mcnemar_p"] == 1.0
     assert "+100.00" in report.comparison_table(found)
 
 
 def test_compare_refuses_unlike_runs(finished: Path, tmp_path: Path) -> None:
     other = doctored(finished, tmp_path / "other", lambda row: row | {"id": row["id"].replace("0", "x")})
     with pytest.raises(UserError, match="other questions"):
-        evaluation.compare(finished, other)
+        runs.compare(finished, other)
     other = doctored(finished, tmp_path / "gold", lambda row: row | {"gold": "Z"})
     with pytest.raises(UserError, match="other questions"):
-        evaluation.compare(finished, other)
+        runs.compare(finished, other)
     alone = tmp_path / "alone"
     evaluation.run(tasks=["c3-d"], out=alone, **BASE)
     with pytest.raises(UserError, match="nothing to compare.*c3-d by generate"):
-        evaluation.compare(finished, alone)
+        runs.compare(finished, alone)
     with pytest.raises(UserError, match="no such file"):
-        evaluation.compare(finished, tmp_path / "nowhere")
+        runs.compare(finished, tmp_path / "nowhere")
     (alone / "results.json").write_text("[]")
     with pytest.raises(UserError, match="not the record"):
-        evaluation.compare(alone, finished)
+        runs.compare(alone, finished)

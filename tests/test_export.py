@@ -16,7 +16,7 @@ import yaml
 
 from pandallm import cli, demo, files, tokenizer
 from pandallm.config import UserError
-from pandallm.data.questions import letter
+from pandallm.data.questions import WORDINGS, letter
 from pandallm.evaluate import export, score, tasks
 from pandallm.evaluate import run as evaluation
 from pandallm.evaluate.tasks import Question
@@ -92,14 +92,13 @@ def test_task_files(tmp_path: Path) -> None:
     assert f"pretrained={load.resolve('tiny').absolute()},dtype=float32 " in command
 
 
-def test_all_wordings_are_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(export.WORDINGS, "other", "选一个。\n\n{context}\n\n{question}\n\n{options}\n\n答案：")
+def test_all_wordings_are_in_one_file(tmp_path: Path) -> None:
     exported(tmp_path, wordings=["all"], tasks=["c3-d"])
     found = records(tmp_path, "panda_c3-d_choice")
     questions = tasks.load("c3-d", DEMO, "dev")
-    names = list(export.WORDINGS)
+    names = list(WORDINGS)
     assert [(r["wording"], r["id"]) for r in found] == [(w, q.id) for w in names for q in questions]
-    assert found[-1]["prompt"] == tasks.prompt_for(questions[-1], "other")
+    assert found[-1]["prompt"] == tasks.prompt_for(questions[-1], names[-1])
     assert conf_of(tmp_path, "panda_c3-d_choice")["metadata"]["wordings"] == names
 
 
@@ -202,7 +201,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert e.value.code == code
         shown = capsys.readouterr()
         if code:
-            assert shown.err == "panda: wording 'x': unknown; known: " + ", ".join(export.WORDINGS) + "\n"
+            assert shown.err == f"panda: wording 'x': unknown; known: {', '.join(WORDINGS)}; or all, alone\n"
         else:
             assert shown.out.startswith(f"cd '{tmp_path}/a b' && lm-eval run --model hf ")
     assert len(records(tmp_path / "a b", "panda_c3-d_choice")) == len(tasks.load("c3-d", DEMO, "dev"))

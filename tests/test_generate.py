@@ -22,7 +22,7 @@ from transformers import (
 
 from pandallm import demo, prompt, tokenizer
 from pandallm.config import UserError
-from pandallm.model import load
+from pandallm.model import load, trees
 from pandallm.model.generate import Detokenizer, Sampling, batches, greedy_batch, pick, stop_ids, stream
 
 TEXTS = [
@@ -68,10 +68,34 @@ def test_greedy_batch_is_generate(tiny: tuple[PreTrainedModel, PreTrainedTokeniz
     expected = [reference(model, ids, 20, eos) for ids in prompts]
     assert len({len(ids) for ids in expected}) > 2
     said: list[tuple[int, int]] = []
-    got = greedy_batch(model, prompts, 20, set(eos), 0, budget, lambda done, total: said.append((done, total)))
+    got = greedy_batch(model, prompts, 20, set(eos), budget, lambda done, total: said.append((done, total)))
     assert got == expected
     assert said[-1] == (9, 9)
-    assert greedy_batch(model, prompts, 20, {10**6}, 5, budget) == free  # and whatever the pad token is
+    assert greedy_batch(model, prompts, 20, {10**6}, budget) == free
+
+
+@pytest.mark.parametrize("budget", [1, 200, 10**6])
+def test_greedy_batch_of_alike_prompts_is_generate(
+    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase], budget: int
+) -> None:
+    """Prompts that begin alike are read as one: a passage with questions, one of them twice, one within another."""
+    model, words = tiny
+    rng = random.Random(3)
+    passages = [[rng.randrange(5, len(words)) for _ in range(n)] for n in (30, 45)]
+    prompts = [passage + [rng.randrange(5, len(words)) for _ in range(n)] for passage in passages for n in (3, 9, 6)]
+    prompts += [prompts[1], prompts[1][:-2], passages[0]]
+    rng.shuffle(prompts)
+    assert len(trees.grow(prompts)) == 2
+    assert greedy_batch(model, prompts, 12, {10**6}, budget) == [reference(model, ids, 12, [10**6]) for ids in prompts]
+
+
+def test_greedy_batch_stops_where_it_is_enough(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    model, words = tiny
+    prompts = prompts_of(len(words))
+    free = greedy_batch(model, prompts, 20, {10**6}, 10**6)
+    wanted = [1 + i % 7 for i in range(len(prompts))]
+    got = greedy_batch(model, prompts, 20, {10**6}, 10**6, enough=lambda i, ids: len(ids) == wanted[i])
+    assert got == [ids[:n] for ids, n in zip(free, wanted, strict=True)]
 
 
 def test_batches_keep_the_budget() -> None:
@@ -93,7 +117,7 @@ def test_a_broken_model_is_an_error(tiny: tuple[PreTrainedModel, PreTrainedToken
     with torch.no_grad():
         broken.get_output_embeddings().weight[5] = float("nan")
     with pytest.raises(UserError, match="NaN"):
-        greedy_batch(broken, [[5, 6]], 3, {0}, 0, 100)
+        greedy_batch(broken, [[5, 6]], 3, {0}, 100)
     with pytest.raises(UserError, match="NaN"):
         list(stream(broken, tiny[1], [5, 6], Sampling(), {0}))
 

@@ -203,6 +203,7 @@ def test_a_talk_grows_at_its_end(name: str, chat_format: str) -> None:
 TEXTS = {  # what each format writes: system, question, answer, question, answer
     "panda": "S\n\nQ1 A1⏹\n\nQ2 A2⏹",
     "alpaca": "S\n\n### Instruction:\nQ1\n\n### Response:\nA1⏹\n\n### Instruction:\nQ2\n\n### Response:\nA2⏹",
+    "stanford_alpaca": "S\n\n### Instruction:\nQ1\n\n### Response:A1⏹\n\n### Instruction:\nQ2\n\n### Response:A2⏹",
     "belle": "S\n\nHuman: \nQ1\n\nAssistant: \nA1⏹\n\nHuman: \nQ2\n\nAssistant: \nA2⏹",
     "linly": "S\n\n### Instruction:Q1  ### Response:A1⏹\n### Instruction:Q2  ### Response:A2⏹",
     "chatml": (
@@ -227,6 +228,15 @@ def test_the_text_of_each_format(name: str, chat_format: str) -> None:
     messages = talk(" Q1\n", "\nA1 ", "Q2", "A2", system="S ").as_messages()
     assert tok.apply_chat_template(messages, tokenize=False) == text
     assert text.startswith(prompt.prompt_text(tok, messages[:4]))
+
+
+def test_stanford_alpaca_opens_in_its_own_words() -> None:
+    tok = make("tiny", "stanford_alpaca")
+    opening = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    )
+    shown = prompt.prompt_text(tok, talk("问").as_messages())
+    assert shown == f"{opening}\n\n### Instruction:\n问\n\n### Response:"
 
 
 @pytest.mark.parametrize("name", MAKERS)

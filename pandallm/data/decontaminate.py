@@ -121,20 +121,47 @@ class Items:
             at += arrays[name].nbytes
         return cls(arrays)
 
+    @classmethod
+    def of(cls, items: Sequence[Sequence[str]]) -> tuple[Items, list[list[int]]]:
+        """An index in memory of items given as their parts, the most telling first, and what each item in it stands
+        for: the numbers of those that have the same n-grams, such as the questions on one passage."""
+        hashes, owners, widths, done = [], [], [], 0
+        for batch in _batches((number, list(parts)) for number, parts in enumerate(items)):
+            grams, owner, width = _grams([parts for _, parts in batch])
+            hashes.append(grams)
+            owners.append(owner + done)
+            widths.append(np.unique(width))
+            done += len(batch)
+        grams, owner = np.concatenate(hashes), np.concatenate(owners)
+        arrays = _index(grams, owner, np.array([(0, number) for number in range(done)], np.uint32))
+        arrays["widths"] = np.unique(np.concatenate(widths)).astype(np.uint32)
+        arrays["files"] = np.frombuffer(orjson.dumps([""]), np.uint8)
+        order = np.lexsort((grams, owner))
+        grams, owner = grams[order], owner[order]
+        fresh = np.append(True, (grams[1:] != grams[:-1]) | (owner[1:] != owner[:-1]))[: len(grams)]
+        alike: dict[int, list[int]] = {}
+        for number, first in enumerate(_first_of_its_kind(grams[fresh], owner[fresh], done).tolist()):
+            alike.setdefault(first, []).append(number)
+        return cls(arrays), [alike[first] for first in arrays["line"].tolist()]
+
     def check(self, units: ngrams.Units, texts: int) -> list[Hit | None]:
         """For each of the `texts` that `units` was made of: the item it shares most with, None if it shares nothing."""
         hits: list[Hit | None] = [None] * texts
+        for text, _, hit in self.matches(units):
+            best = hits[text]
+            if best is None or (hit.contaminated, *hit[2:]) > (best.contaminated, *best[2:]):
+                hits[text] = hit
+        return hits
+
+    def matches(self, units: ngrams.Units) -> Iterator[tuple[int, int, Hit]]:
+        """(number of the text, of the item, what they share) for every text and item that share anything."""
         for text, item, shared, times in zip(*(a.tolist() for a in self._shared(units)), strict=True):
             size = int(self._arrays["sizes"][item])
             n_grams = max(int(units.size[text]) - CHINESE + 1, 1)
             item_share, text_share = shared / size, min(times / n_grams, 1.0)
             holds_item = item_share >= SHARE and shared >= min(RUN, size)
             is_item = text_share >= SHARE and n_grams >= TEXT_RUN
-            hit = Hit(holds_item or is_item, self._name(item), item_share, text_share)
-            best = hits[text]
-            if best is None or (hit.contaminated, item_share, text_share) > (best[0], best[2], best[3]):
-                hits[text] = hit
-        return hits
+            yield text, item, Hit(holds_item or is_item, self._name(item), item_share, text_share)
 
     def _name(self, item: int) -> str:
         return f"{self._files[self._arrays['file'][item]]}:{self._arrays['line'][item]}"

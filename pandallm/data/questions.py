@@ -3,13 +3,115 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-# Instruction, headings and the answer's lead are the original's (RECIPE section 5).
-WORDINGS: dict[str, str] = {
-    "original": (
-        "阅读下面的文章并从选项中选择的答案回答问题：\n\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
-        "Options:\n{options}\n\n本题的答案是："
-    )
+
+@dataclass(frozen=True)
+class Wording:
+    """A way to ask: opening, answered examples, then context and rest of the question, and the lead to its answer.
+
+    What comes before a context is the same for all questions on it, so that their common beginning is long.
+    """
+
+    reading: str  # opens a question on a text
+    knowledge: str  # opens a question without one
+    context: str
+    question: str
+    listing: str  # of the options; left out where their texts are the answers
+    lead: str
+    option: str = "{letter}: {option}"
+    example: str = ""  # how an answered example ends, where not with the lead and the letter
+
+    @property
+    def template(self) -> str:
+        """The whole text of a question on a text, with {context}, {question} and {options} in their places."""
+        return self.reading + self.context + self.question + self.listing + self.lead
+
+
+WORDINGS: dict[str, Wording] = {
+    # Instruction, headings and lead are the original's (RECIPE section 5). It asked no question without a text: there
+    # its own words without the text.
+    "original": Wording(
+        "阅读下面的文章并从选项中选择的答案回答问题：\n\n",
+        "从选项中选择的答案回答问题：\n\n",
+        "Context:\n{context}\n\n",
+        "Question:\n{question}\n\n",
+        "Options:\n{options}\n\n",
+        "本题的答案是：",
+        example="The answer is {letter}",
+    ),
+    "zh-headings": Wording(
+        "阅读下面的文章并从选项中选择的答案回答问题：\n\n",
+        "从选项中选择的答案回答问题：\n\n",
+        "文章：\n{context}\n\n",
+        "问题：\n{question}\n\n",
+        "选项：\n{options}\n\n",
+        "本题的答案是：",
+    ),
+    "zh-direct": Wording(
+        "请阅读短文，回答后面的单项选择题，只写出正确选项的字母。\n\n",
+        "请回答下面的单项选择题，只写出正确选项的字母。\n\n",
+        "短文：{context}\n\n",
+        "题目：{question}\n",
+        "{options}\n",
+        "答案：",
+        "{letter}. {option}",
+    ),
+    "zh-exam": Wording(
+        "以下是一道阅读理解单项选择题，请根据材料选出正确答案。\n\n",
+        "以下是一道单项选择题，请选出正确答案。\n\n",
+        "【材料】\n{context}\n\n",
+        "【题目】\n{question}\n\n",
+        "【选项】\n{options}\n\n",
+        "【答案】",
+        "{letter}．{option}",
+    ),
+    "zh-person": Wording(
+        "你是一位认真的考生。读完下面的文字，从可选的答案里选出最合适的一个。\n\n",
+        "你是一位认真的考生。读完题目，从可选的答案里选出最合适的一个。\n\n",
+        "文字：\n{context}\n\n",
+        "提问：{question}\n\n",
+        "可选的答案：\n{options}\n\n",
+        "我选择的答案是",
+        "{letter}、{option}",
+    ),
+    "zh-bare": Wording("", "", "{context}\n\n", "{question}\n", "{options}\n", "答案是", "{letter}. {option}"),
+    "hant-read": Wording(
+        "請閱讀下面的文章，並從選項中選出問題的正確答案：\n\n",
+        "請從選項中選出問題的正確答案：\n\n",
+        "文章：\n{context}\n\n",
+        "問題：\n{question}\n\n",
+        "選項：\n{options}\n\n",
+        "本題的答案是：",
+    ),
+    "hant-exam": Wording(
+        "以下是單項選擇題，請依據短文作答，只須寫出選項的字母。\n\n",
+        "以下是單項選擇題，只須寫出正確選項的字母。\n\n",
+        "短文：{context}\n\n",
+        "題目：{question}\n",
+        "{options}\n",
+        "正確答案：",
+        "({letter}) {option}",
+    ),
+    "en-read": Wording(
+        "Read the text and answer the question with the letter of the right option.\n\n",
+        "Answer the question with the letter of the right option.\n\n",
+        "Text:\n{context}\n\n",
+        "Question:\n{question}\n\n",
+        "Options:\n{options}\n\n",
+        "Answer:",
+        example="Answer: {letter}",
+    ),
+    "en-exam": Wording(
+        "The following is a multiple choice question about a passage. Choose the best option.\n\n",
+        "The following is a multiple choice question. Choose the best option.\n\n",
+        "Passage: {context}\n\n",
+        "Question: {question}\n",
+        "{options}\n",
+        "The correct option is",
+        "{letter}. {option}",
+        "The correct option is {letter}",
+    ),
 }
 
 
@@ -18,13 +120,38 @@ def letter(index: int) -> str:
     return chr(ord("A") + index)
 
 
-def text_of(context: str, question: str, options: Sequence[str], wording: str = "original") -> str:
-    """The text that asks a question, ending where the answer begins. `wording`: a key of WORDINGS.
+def text_of(
+    context: str,
+    question: str,
+    options: Sequence[str],
+    wording: str = "original",
+    examples: Sequence[str] = (),
+    on_text: bool | None = None,
+) -> str:
+    """The text that asks a question, ending where the answer begins. Without options they aren't listed.
 
-    Without options, the wording's paragraph that lists them is left out.
+    `wording`: a key of WORDINGS. `examples`: texts of `example_of`. `on_text`: whether the question is on a text; if
+    not given, whether there is one (a text may have been cut off to the last character).
     """
-    wanted = WORDINGS[wording]
-    if not options:
-        wanted = "\n\n".join(part for part in wanted.split("\n\n") if "{options}" not in part)
-    listed = "\n".join(f"{letter(i)}: {option}" for i, option in enumerate(options))
-    return wanted.format(context=context, question=question, options=listed)
+    words = WORDINGS[wording]
+    on_text = bool(context) if on_text is None else on_text
+    opening = words.reading if on_text else words.knowledge
+    return opening + "".join(examples) + _body(words, context, question, options, on_text) + words.lead
+
+
+def example_of(
+    context: str, question: str, options: Sequence[str], gold: int, wording: str = "original", listing: bool = True
+) -> str:
+    """A question with its answer, to stand before others: the letter, or without a `listing` the option itself."""
+    words = WORDINGS[wording]
+    answer = (words.example or words.lead + "{letter}").format(letter=letter(gold))
+    if not listing:
+        answer = words.lead + options[gold]
+    return _body(words, context, question, options if listing else (), bool(context)) + answer + "\n\n"
+
+
+def _body(words: Wording, context: str, question: str, options: Sequence[str], on_text: bool) -> str:
+    listed = "\n".join(words.option.format(letter=letter(i), option=option) for i, option in enumerate(options))
+    above = words.context.format(context=context) if on_text else ""
+    below = words.listing.format(options=listed) if options else ""
+    return above + words.question.format(question=question) + below

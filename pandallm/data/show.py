@@ -19,7 +19,7 @@ def run(folder: str, count: int, source: str | None, colour: bool) -> list[str]:
     Trained tokens are green, or between ⟦ and ⟧ without colour.
     """
     data = Shards(folder)
-    tok = _tokenizer(data)
+    tok = tokenizer_of(data)
     before, after = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     groups = (
         [("document", [int(n)]) for n in data.documents_of(source)[:count]]
@@ -60,7 +60,7 @@ def dropped(folder: str, cause: str, count: int, source: str | None) -> list[str
     return shown[:count] or [f"--- {cause}: {number} records, of which no samples are kept"]
 
 
-def _tokenizer(data: Shards) -> PreTrainedTokenizerBase:
+def tokenizer_of(data: Shards) -> PreTrainedTokenizerBase:
     """The tokenizer that the shards were made with, as they keep it."""
     folder = tokenize.tokenizer_folder(data.folder)
     try:

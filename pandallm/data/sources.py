@@ -38,7 +38,8 @@ class Reading:
 @cache
 def fixed_phrases(reading: Reading) -> tuple[str, ...]:
     """What a layout or a config puts into every record: no sign that two records are alike. The longest first."""
-    wordings = [part.strip() for wording in WORDINGS.values() for part in re.split(r"\{\w+\}", wording)]
+    # Corpora are asked in the original's wording alone (layouts.py).
+    wordings = [part.strip() for part in re.split(r"\{\w+\}", WORDINGS["original"].template)]
     languages = [INSTRUCTIONS["translation"].replace("{language}", language) for language in ("中文", "英文")]
     phrases = {*wordings, *languages, *INSTRUCTIONS.values(), *reading.instruction} - {""}
     return tuple(sorted(phrases, key=lambda phrase: (-len(phrase), phrase)))

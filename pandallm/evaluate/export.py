@@ -19,16 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from pandallm import files, log, prompt, tokenizer
 from pandallm.config import UserError
-from pandallm.data.questions import WORDINGS, letter
-from pandallm.evaluate import score
-from pandallm.evaluate import tasks as task_files
+from pandallm.data.questions import letter
+from pandallm.evaluate import score, variants
 from pandallm.evaluate.tasks import TASKS, Question
 from pandallm.model import load as models
 
-PROTOCOLS = ("generate", "choice", "cloze")
 CHAT_FORMATS = ("none", "model", *prompt.TEMPLATES)
-
-Asked = tuple[Question, str, score.Prompt]  # a question, its wording, what the model reads
 
 
 def run(
@@ -47,10 +43,8 @@ def run(
     accuracy is the mean over them. `chat_format`: as in `panda eval`.
     Raises UserError for every mistake in these, before anything is written.
     """
-    wordings = list(WORDINGS) if list(wordings) == ["all"] else wordings
-    _check(tasks, protocols, wordings, out, chat_format)
-    questions = {task: task_files.load(task, data, split) for task in tasks}
-    hashes = {task: files.hash_file(task_files.find(task, data, split)) for task in tasks}
+    _check(tasks, protocols, out, chat_format)
+    sets = variants.sets(tasks, data, split, names=wordings)
     folder = models.resolve(model)
     words = tokenizer.load(folder)
     used_format = score.use_format(words, chat_format)
@@ -58,48 +52,46 @@ def run(
     lead = score.answer_lead(words, used_format)
     written: dict[str, str] = {}  # name -> content
     prompts: list[score.Prompt] = []
-    for task, protocol in product(tasks, protocols):
-        name = f"panda_{task}_{protocol}"
-        asked: list[Asked] = [
-            (question, wording, score.ask(words, used_format, question, wording, protocol, window))
-            for wording, question in product(wordings, questions[task])
-        ]
-        about = {"version": TASKS[task].version, "split": split, "wordings": list(wordings), "chat_format": used_format}
-        about |= {"truncated": sum(p.truncated for _, _, p in asked), "data": hashes[task]}
+    for part, protocol in product(sets.values(), protocols):
+        name = _name(part, protocol)
+        read = [score.ask(words, used_format, a.question, a.wording, protocol, window) for a in part.asked]
+        asked = variants.wordings(wordings)
+        about = {"version": part.task.version, "split": split, "wordings": asked, "chat_format": used_format}
+        about |= {"truncated": sum(p.truncated for p in read), "data": part.data, "left_out": part.left_out}
         if about["truncated"]:
             log.warn(f"{name}: {about['truncated']} contexts were cut to the model's window")
-        conf = _frame(name, split, lead) | _how(name, protocol, questions[task], words) | {"metadata": about}
+        questions = [a.question for a in part.asked]
+        conf = _frame(name, split, lead) | _how(name, protocol, questions, words) | {"metadata": about}
         written[f"{name}.yaml"] = yaml.safe_dump(conf, allow_unicode=True, sort_keys=False)
-        written[f"{name}.jsonl"] = "".join(_record(*one) for one in asked)
-        prompts += [p for _, _, p in asked]
+        written[f"{name}.jsonl"] = "".join(map(_record, part.asked, read))
+        prompts += read
     model_args = f"pretrained={folder.absolute()},dtype=float32{_special_tokens(words, prompts)}"
     try:
         for file, content in written.items():
             files.write_text(out / file, content)
     except OSError as e:
         raise UserError(f"{out}: can't be written ({e.strerror}); choose another --out") from None
-    names = [f"panda_{task}_{protocol}" for task, protocol in product(tasks, protocols)]
+    names = [_name(part, protocol) for part, protocol in product(sets.values(), protocols)]
     return {"out": str(out), "tasks": names, "command": _command(out, names, model_args)}
 
 
-def _check(
-    tasks: Sequence[str], protocols: Sequence[str], wordings: Sequence[str], out: Path, chat_format: str | None
-) -> None:
+def _name(part: variants.Set, protocol: str) -> str:
+    return f"panda_{part.task.name.replace('/', '-')}_{protocol}"
+
+
+def _check(tasks: Sequence[str], protocols: Sequence[str], out: Path, chat_format: str | None) -> None:
     """Raises UserError for arguments that can't be meant."""
     formats = [] if chat_format is None else [chat_format]
-    for what, values, known in (
-        ("task", tasks, tuple(TASKS)),
-        ("protocol", protocols, PROTOCOLS),
-        ("wording", wordings, tuple(WORDINGS)),
-        ("chat_format", formats, CHAT_FORMATS),
-    ):
-        if not values and what != "chat_format":
-            raise UserError(f"no {what}: name one of {', '.join(known)}")
+    for what, values, known in (("protocol", protocols, score.PROTOCOLS), ("chat_format", formats, CHAT_FORMATS)):
         for value, times in Counter(values).items():
             if value not in known:
                 raise UserError(f"{what} '{value}': unknown; known: {', '.join(known)}")
             if times > 1:
                 raise UserError(f"{what} '{value}': given twice")
+    if not tasks:
+        raise UserError(f"no task: name some of {', '.join(TASKS)}")
+    if not protocols:
+        raise UserError(f"no protocol: name one of {', '.join(score.PROTOCOLS)}")
     if str(out) in ("", "."):  # Path("") is "."
         raise UserError("out: name the folder for the tasks")
 
@@ -176,16 +168,17 @@ def _pattern(name: str, questions: Sequence[Question]) -> str:
     return f"[A-{last.pop()}]"
 
 
-def _record(question: Question, wording: str, asked: score.Prompt) -> str:
+def _record(asked: variants.Asked, read: score.Prompt) -> str:
+    question = asked.question
     record = {
         "id": question.id,
-        "wording": wording,
-        "prompt": asked.text,
+        "wording": asked.wording,
+        "prompt": read.text,
         "letters": [letter(i) for i in range(len(question.options))],
         "options": list(question.options),
         "gold": question.gold,
         "answer": letter(question.gold),
-        "truncated": asked.truncated,
+        "truncated": read.truncated,
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
 

@@ -1,7 +1,7 @@
 """`panda eval`: a model's answers to the tasks' questions and its bits per character, written down with what made them.
 
 OUT/predictions.jsonl has every prompt and output; OUT/results.json, written last, the figures. A run that finished is
-not run again; one that did not finish has left no results.json and starts over.
+not run again; one that did not finish goes on, task by task, protocol by protocol, wording by wording.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pandallm import files, log, prompt, tokenizer
 from pandallm.config import UserError, read_text
-from pandallm.data.questions import WORDINGS, letter
-from pandallm.evaluate import report, score
-from pandallm.evaluate import tasks as task_files
-from pandallm.evaluate.tasks import TASKS, Question
+from pandallm.data.questions import letter
+from pandallm.data.shards import Shards
+from pandallm.evaluate import report, runs, score, seen, variants
+from pandallm.evaluate.tasks import TASKS
+from pandallm.evaluate.unfinished import Unfinished
+from pandallm.evaluate.variants import Asked
 from pandallm.model import load as models
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHAT_FORMATS = ("none", "model", *prompt.TEMPLATES)
 # The files of a model folder that decide its answers.
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "tokenizer*", "special_tokens*", "*.jinja")
+SECOND = {"generate": "pred_strict", "cloze": "pred_norm"}  # what a protocol's other rule is called in a row
 SAY_EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -44,59 +49,75 @@ def run(
     texts: Sequence[Path] = (),
     token_budget: int = 4096,
     precision: str = "auto",
+    wordings: Sequence[str] = ("original",),
+    shots: int = 0,
+    permute: int = 1,
+    training: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Evaluates a model and returns what it wrote to OUT/results.json.
 
-    `model`: folder, hub id or built-in name. `limit`: only so many questions of each task, the first. `chat_format`:
-    see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of a batch, padding counted.
-    `precision`: fp32, bf16, or auto (bf16 where the device computes in it).
-    Raises UserError for every mistake in these, before the model is loaded, and if OUT holds another evaluation.
+    `model`: folder, hub id or built-in name. `tasks`: see tasks.get. `limit`, `wordings`, `shots`, `permute`: see
+    variants.sets. `chat_format`: see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of
+    a batch, padding counted. `precision`: fp32, bf16, or auto (bf16 where the device computes in it). `training`: see
+    seen.flags. Raises UserError for every mistake in these, before the model is loaded, and if OUT is another run's.
     """
     _check(tasks, data, protocols, limit, out, chat_format, texts, token_budget, precision)
-    questions = {task: task_files.load(task, data, split)[:limit] for task in tasks if data}
+    sets = variants.sets(tasks, data, split, limit, wordings, shots, permute)
     documents = {path.name: read_documents(path) for path in texts}
     folder = models.resolve(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if precision == "auto":
-        precision = "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
-    hashes = {task: files.hash_file(task_files.find(task, data, split)) for task in tasks if data}
+    device, precision = _where(precision)
+    hashes = {name: part.data for name, part in sets.items()}
     hashes |= {path.name: files.hash_file(path) for path in texts}
+    how: dict[str, Any] = {"split": split, "shots": shots, "permute": permute}
     arguments = {
         "model": _hash_model(folder),
-        "tasks": {task: TASKS[task].version for task in tasks},
+        "tasks": {name: part.task.version for name, part in sets.items()},
         "texts": list(documents),
         "data": hashes,
-        "split": split,
         "protocols": list(protocols),
-        "limit": limit,
         "chat_format": chat_format,
         "precision": precision,
-    }
-    finished = _finished(out, arguments)
-    if finished is not None:
-        log.say(f"{out}: this evaluation is done already\n{report.table(finished)}")
+        "limit": limit,
+        "wordings": variants.wordings(wordings),
+        "training": [Shards(folder).hash for folder in training],
+    } | how
+    if (finished := _finished(out, arguments)) is not None:
         return finished
     started = time.monotonic()
+    flagged = seen.flags([a.question for part in sets.values() for a in part.asked], training)
     words = tokenizer.load(folder)
-    used_format = score.use_format(words, chat_format)
-    network = models.load(folder, PRECISIONS[precision]).eval()
-    network.to(torch.device(device))
-    results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}}
+    how["chat_format"] = score.use_format(words, chat_format)
+    asking = Asking(_load(folder, precision, device), words, how["chat_format"], token_budget)
+    kept = Unfinished(out, arguments)
+    results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}, "arguments": arguments}
     rows: list[report.Row] = []
-    for task in tasks:
-        how = {"chat_format": used_format, "split": split, "data": hashes[task]}
-        results["tasks"][task] = _evaluate(network, words, questions[task], protocols, how, token_budget, rows)
+    for name, part in sets.items():
+        results["tasks"][name] = _evaluate(asking, part, protocols, how, kept, rows, flagged)
     for name, found in documents.items():
-        progress = _progress(f"bits per character of {name}, windows")
-        bits = score.bits_per_character(network, words, found, token_budget=token_budget, progress=progress)
-        results["bits_per_character"][name] = bits | {"data": hashes[name]}
+        results["bits_per_character"][name] = {"data": hashes[name]} | asking.bits(name, found)
     results |= {"precision": precision, "device": device, "seconds": round(time.monotonic() - started, 1)}
-    results |= {"arguments": arguments, "versions": log.versions(), "commit": log.commit()}
     _write(out, results, rows)
+    kept.clear()
     return results
 
 
+def _load(folder: Path, precision: str, device: str) -> PreTrainedModel:
+    models.keep_memory()
+    network = models.load(folder, PRECISIONS[precision]).eval()
+    network.to(torch.device(device))
+    return network
+
+
+def _where(precision: str) -> tuple[str, str]:
+    """Device and precision to compute in."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
+    return device, precision
+
+
 def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
+    results |= {"versions": log.versions(), "commit": log.commit()}
     files.write_text(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     files.write_json(out / "results.json", results)
     log.say(report.table(results))
@@ -116,8 +137,6 @@ def _check(
     """Raises UserError for arguments that can't be meant."""
     if not tasks and not texts:
         raise UserError(f"nothing to evaluate: name tasks ({', '.join(TASKS)}) or texts")
-    if tasks and data is None:
-        raise UserError("the tasks' files: name the folder they lie in (--data)")
     for what, values, known in (
         ("protocol", protocols, score.PROTOCOLS),
         ("chat_format", [chat_format] if chat_format is not None else [], CHAT_FORMATS),
@@ -129,7 +148,7 @@ def _check(
     if tasks and not protocols:
         raise UserError(f"no protocol: name one of {', '.join(score.PROTOCOLS)}")
     names = [path.name for path in texts]
-    for what, given in (("task", tasks), ("protocol", protocols), ("text file", names)):
+    for what, given in (("protocol", protocols), ("text file", names)):
         for value, times in Counter(given).items():
             if times > 1:
                 raise UserError(f"{what} '{value}': given twice")
@@ -183,64 +202,107 @@ def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """What a finished run with the same arguments wrote; UserError if OUT is another evaluation's."""
     if not (out / "results.json").exists():
         return None
-    results = _results(out)
+    results = runs.results(out)
     before = results.get("arguments", {})
     for key, value in arguments.items():
         if before.get(key) != value:
             shown = "" if key in ("model", "data") else f" ({before.get(key)}, now {value})"
             raise UserError(f"{out}: holds an evaluation with another {key}{shown}; choose another --out")
+    log.say(f"{out}: this evaluation is done already\n{report.table(results)}")
     return results
 
 
+@dataclass(frozen=True)
+class Asking:
+    """A model, and how it is asked."""
+
+    network: PreTrainedModel
+    words: PreTrainedTokenizerBase
+    chat_format: str
+    token_budget: int
+
+    def rows(self, asked: Sequence[Asked], protocol: str) -> list[report.Row]:
+        """What it answers, as lines of predictions.jsonl."""
+        window = int(self.network.config.max_position_embeddings)
+        questions = [a.question for a in asked]
+        progress = _progress(f"{questions[0].task}, {asked[0].wording}, {protocol}")
+        prompts = [
+            score.ask(self.words, self.chat_format, a.question, a.wording, protocol, window, a.examples) for a in asked
+        ]
+        if protocol == "generate":
+            answers = score.generate(self.network, self.words, questions, prompts, self.token_budget, progress)
+        else:
+            answers = (score.choice if protocol == "choice" else score.cloze)(
+                self.network, self.words, questions, prompts, self.chat_format, self.token_budget, progress
+            )
+        return [_row(a, protocol, p, answer) for a, p, answer in zip(asked, prompts, answers, strict=True)]
+
+    def bits(self, name: str, texts: Sequence[str]) -> dict[str, Any]:
+        """Bits per character of a file's texts."""
+        progress = _progress(f"bits per character of {name}, windows")
+        return score.bits_per_character(
+            self.network, self.words, texts, token_budget=self.token_budget, progress=progress
+        )
+
+
 def _evaluate(
-    network: PreTrainedModel,
-    words: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
+    asking: Asking,
+    part: variants.Set,
     protocols: Sequence[str],
     how: dict[str, Any],
-    token_budget: int,
+    kept: Unfinished,
     rows: list[report.Row],
+    flagged: set[tuple[str, str]] | None,
 ) -> dict[str, Any]:
     """A task's entry in results.json: the first protocol's figures, the others' below "protocols".
 
-    `how`: what every entry says of how it was made. The predictions are appended to `rows`.
+    `how`: what every entry says of how it was made. The predictions are appended to `rows`. `flagged`: see seen.flags.
     """
-    room = int(network.config.max_position_embeddings) - score.MAX_NEW_TOKENS
-    asked = [(question, wording) for wording in WORDINGS for question in questions]
-    many = [question for question, _ in asked]
-    prompts = [score.build_prompt(words, how["chat_format"], question, wording, room) for question, wording in asked]
+    task, shots = part.task.name, how["shots"]
+    how = how | {"data": part.data} | ({"left_out": part.left_out} if part.left_out else {})
+    by_wording: dict[str, list[Asked]] = {}
+    for asked in part.asked:
+        by_wording.setdefault(asked.wording, []).append(asked)
     entries = {}
     for protocol in protocols:
-        started = time.monotonic()
-        progress = _progress(f"{questions[0].task}, {protocol}")
-        if protocol == "generate":
-            answers = score.generate(network, words, many, prompts, token_budget, progress)
-        else:
-            answers = score.choice(network, words, many, prompts, how["chat_format"], token_budget, progress)
-        lines = [_row(q, w, protocol, p, a) for (q, w), p, a in zip(asked, prompts, answers, strict=True)]
+        lines: list[report.Row] = []
+        seconds = 0.0
+        for wording, some in by_wording.items():
+            found, spent = kept.rows((task, protocol, wording), partial(asking.rows, some, protocol))
+            lines, seconds = lines + found, seconds + spent
+        if flagged is not None:
+            lines = [line | {"flagged": (line["task"], line["id"]) in flagged} for line in lines]
         rows += lines
         figures = report.summary(lines, protocol)
-        entries[protocol] = figures | how | {"seconds": round(time.monotonic() - started, 1)}
+        entries[protocol] = figures | how | {"seconds": round(seconds, 1)}
+        if short := sum(line.get("shots", 0) < shots for line in lines):
+            entries[protocol]["fewer_shots"] = short
+            log.warn(f"{task}: {short} of {len(lines)} prompts show fewer than {shots} examples, for want of room")
         if figures["truncated"]:
-            log.warn(f"{questions[0].task}: {figures['truncated']} contexts were cut to the model's window")
+            log.warn(f"{task}: {figures['truncated']} contexts were cut to the model's window")
     first, *others = entries.values()
     return first | ({"protocols": {e["protocol"]: e for e in others}} if others else {})
 
 
-def _row(question: Question, wording: str, protocol: str, asked: score.Prompt, answer: score.Answer) -> report.Row:
-    """A line of predictions.jsonl; `pred` and `gold` are letters, `pred` null where the output has none."""
+def _row(asked: Asked, protocol: str, read: score.Prompt, answer: score.Answer) -> report.Row:
+    """A line of predictions.jsonl; `pred` and `gold` are letters as shown, `pred` null where the output has none."""
+    question = asked.question
     row = {
         "task": question.task,
         "id": question.id,
-        "wording": wording,
+        "wording": asked.wording,
         "protocol": protocol,
-        "prompt": asked.text,
+        "prompt": read.text,
         "output": answer.output,
         "pred": None if answer.pred is None else letter(answer.pred),
         "gold": letter(question.gold),
+        "options": len(question.options),
         "correct": answer.pred == question.gold,
-        "truncated": asked.truncated,
+        "truncated": read.truncated,
     }
+    if second := SECOND.get(protocol):
+        row[second] = None if answer.second is None else letter(answer.second)
+    row |= asked.fields() | ({"shots": read.shots} if asked.examples else {})
     return row | ({"log_likelihoods": list(answer.log_likelihoods)} if answer.log_likelihoods else {})
 
 
@@ -254,62 +316,3 @@ def _progress(label: str) -> score.Progress:
             log.say(f"{label}: {done} of {total}")
 
     return say
-
-
-def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
-    """How much better the run in `run_b` did than the one in `run_a`, question by question.
-
-    Returns {"a", "b", "tasks": {task: figures of report.compare and "protocol", further ones below "protocols"}}.
-    Raises UserError: not a finished run, no task and protocol in common, other questions. What only one of the runs has
-    is left out with a warning.
-    """
-    results = [_results(path) for path in (run_a, run_b)]
-    have_a, have_b = (report.entries(r) for r in results)
-    common = [key for key in have_a if key in have_b]
-    if not common:
-        a, b = (", ".join(map(" by ".join, have)) or "no task" for have in (have_a, have_b))
-        raise UserError(f"nothing to compare: {run_a} has {a}; {run_b} has {b}")
-    for task, protocol in set(have_a) ^ set(have_b):
-        log.warn(f"{task} by {protocol} is in one of the runs only: left out")
-    rows_a, rows_b = _predictions(run_a), _predictions(run_b)
-    found: dict[str, dict[str, Any]] = {}
-    for key in common:
-        _same_questions(key[0], rows_a[key], rows_b[key], run_a, run_b)
-        entry = {"protocol": key[1], **report.compare(rows_a[key], rows_b[key])}
-        if key[0] in found:
-            found[key[0]].setdefault("protocols", {})[key[1]] = entry
-        else:
-            found[key[0]] = entry
-    return {"a": results[0]["model"], "b": results[1]["model"], "tasks": found}
-
-
-def _results(out: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(read_text(out / "results.json"))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{out / 'results.json'}:{e.lineno}: not valid JSON: {e.msg}") from None
-    if not isinstance(results, dict) or "tasks" not in results:
-        raise UserError(f"{out / 'results.json'}: is not the record of an evaluation")
-    return results
-
-
-def _predictions(out: Path) -> dict[tuple[str, str], list[report.Row]]:
-    """The lines of predictions.jsonl by (task, protocol)."""
-    rows: dict[tuple[str, str], list[report.Row]] = {}
-    for line in read_text(out / "predictions.jsonl").split("\n"):
-        if line:
-            row = json.loads(line)
-            rows.setdefault((row["task"], row["protocol"]), []).append(row)
-    return rows
-
-
-def _same_questions(task: str, a: list[report.Row], b: list[report.Row], run_a: Path, run_b: Path) -> None:
-    """Raises UserError unless both runs answered the same questions in the same wordings."""
-    asked_a, asked_b = ({(row["id"], row["wording"], row["gold"]) for row in rows} for rows in (a, b))
-    odd = sorted(asked_a ^ asked_b)
-    if odd:
-        where = run_a if odd[0] in asked_a else run_b
-        raise UserError(
-            f"{task}: {run_a} and {run_b} have other questions ({odd[0][0]} in wording {odd[0][1]} with the answer"
-            f" {odd[0][2]} is only in {where}): evaluate both on the same file, split and limit"
-        )

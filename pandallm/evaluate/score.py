@@ -1,7 +1,8 @@
 """Protocols: how a model's answer to a question is read off, and bits per character of running text.
 
 `generate` lets the model write and takes the first letter (the original's). `choice` compares the log-likelihoods of
-the options' letters as the answer: no letter can be missing, so it tells more about a small or untuned model.
+the options' letters as the answer: no letter can be missing, so it tells more about a small or untuned model. `cloze`
+compares those of the options' texts, after a prompt that doesn't list them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from pandallm.data.questions import letter
 from pandallm.evaluate import tasks
 from pandallm.evaluate.tasks import Question
 from pandallm.model import generate as generation
-from pandallm.tokenizer import pad_id
+from pandallm.model import trees
 
-PROTOCOLS = ("generate", "choice")
+PROTOCOLS = ("generate", "choice", "cloze")
 MAX_NEW_TOKENS = 64  # the original's
 HEAD_ROWS = 512  # positions whose logits [rows, V] are held at once
 
@@ -32,20 +33,28 @@ Progress = Callable[[int, int], None]  # is called with what is done and how muc
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads: the text with its format's marks, and its ids. `truncated`: the context was cut."""
+    """What the model reads: the text with its format's marks, and its ids.
+
+    `truncated`: the context was cut. `shots`: how many answered examples it has.
+    """
 
     text: str
     ids: list[int]
     truncated: bool = False
+    shots: int = 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`pred`: index of the option the model chose, None where its output has no letter."""
+    """`pred`: index of the option the model chose, None where its output has no letter.
+
+    `second`: by the protocol's other rule, tasks.parse_strict (generate) or log-likelihood a character (cloze).
+    """
 
     output: str
     pred: int | None
-    log_likelihoods: tuple[float, ...] = ()  # of each option's letter, in nats (choice only)
+    second: int | None = None
+    log_likelihoods: tuple[float, ...] = ()  # of each option's letter or text, in nats (choice, cloze)
 
 
 def use_format(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> str:
@@ -64,27 +73,35 @@ def use_format(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> s
 
 
 def build_prompt(
-    tokenizer: PreTrainedTokenizerBase, chat_format: str, question: Question, wording: str, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: str,
+    question: Question,
+    wording: str,
+    max_tokens: int,
+    examples: Sequence[Question] = (),
 ) -> Prompt:
-    """A question as the model reads it, in at most `max_tokens` tokens: the start of a long context is cut off.
+    """A question as the model reads it, in at most `max_tokens` tokens.
 
+    Where it is longer, `examples` are left out, the last first, each whole; then the start of the context is cut off.
     Raises UserError if even without its context the question doesn't fit.
     """
 
-    def ask(kept: int) -> Prompt:
-        """With the last `kept` characters of the context."""
+    def ask(kept: int, shots: int) -> Prompt:
+        """With the last `kept` characters of the context, after the first `shots` examples."""
         context = question.context[len(question.context) - kept :]
-        text = tasks.prompt_for(replace(question, context=context), wording)
+        text = tasks.prompt_for(question, wording, context, examples[:shots])
         if chat_format == "none":
-            return Prompt(text, _encode(tokenizer, chat_format, [text])[0])
+            return Prompt(text, _encode(tokenizer, chat_format, [text])[0], shots=shots)
         messages = [{"role": "user", "content": text}]
-        return Prompt(prompt.prompt_text(tokenizer, messages), prompt.render_prompt(tokenizer, messages))
+        rendered = prompt.prompt_text(tokenizer, messages)
+        return Prompt(rendered, prompt.render_prompt(tokenizer, messages), shots=shots)
 
     high = len(question.context)
-    whole = ask(high)
-    if len(whole.ids) <= max_tokens:
-        return whole
-    low, best = 0, ask(0)
+    for shots in range(len(examples), -1, -1):
+        whole = ask(high, shots)
+        if len(whole.ids) <= max_tokens:
+            return whole
+    low, best = 0, ask(0, 0)
     if len(best.ids) > max_tokens:
         raise UserError(
             f"{question.task}, question {question.id}: without its context it is {len(best.ids)} tokens, and this model"
@@ -92,7 +109,7 @@ def build_prompt(
         )
     while high - low > 1:  # `low` characters fit, `high` don't
         middle = (low + high) // 2
-        cut = ask(middle)
+        cut = ask(middle, 0)
         if len(cut.ids) <= max_tokens:
             low, best = middle, cut
         else:
@@ -101,7 +118,13 @@ def build_prompt(
 
 
 def ask(
-    tokenizer: PreTrainedTokenizerBase, chat_format: str, question: Question, wording: str, protocol: str, window: int
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: str,
+    question: Question,
+    wording: str,
+    protocol: str,
+    window: int,
+    examples: Sequence[Question] = (),
 ) -> Prompt:
     """A question as a protocol asks it, cut so that a window of that many tokens has room for the answer."""
     room = MAX_NEW_TOKENS
@@ -109,7 +132,7 @@ def ask(
         options = tokenizer(list(question.options), add_special_tokens=False)["input_ids"]
         room = max(map(len, options)) + 8  # the blank before it, and what a tokenizer may add
         question = replace(question, options=())
-    return build_prompt(tokenizer, chat_format, question, wording, window - room)
+    return build_prompt(tokenizer, chat_format, question, wording, window - room, examples)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, chat_format: str, texts: list[str]) -> list[list[int]]:
@@ -138,18 +161,33 @@ def generate(
     token_budget: int,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """Protocol `generate`: at most 64 tokens, greedily; the first letter in them is the answer."""
+    """Protocol `generate`: at most 64 tokens, greedily; the first letter in them is the answer.
+
+    A text ends early where what follows can't change the answer, by either rule.
+    """
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    def decided(i: int, ids: list[int]) -> bool:
+        # A letter at the end may yet be a word's first; so may one before a character that isn't whole.
+        so_far = text(ids).rstrip(generation.REPLACEMENT) + "x"
+        return tasks.parse_strict(so_far, len(questions[i].options)) is not None
+
     written = generation.greedy_batch(
         model,
         [p.ids for p in prompts],
         MAX_NEW_TOKENS,
         generation.stop_ids(model, tokenizer),
-        pad_id(tokenizer),
         token_budget,
         progress,
+        decided,
     )
-    outputs = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
-    return [Answer(o, tasks.parse_letter(o, len(q.options))) for o, q in zip(outputs, questions, strict=True)]
+    answers = []
+    for output, question in zip(map(text, written), questions, strict=True):
+        n = len(question.options)
+        answers.append(Answer(output, tasks.parse_letter(output, n), tasks.parse_strict(output, n)))
+    return answers
 
 
 def choice(
@@ -162,13 +200,54 @@ def choice(
     progress: Progress | None = None,
 ) -> list[Answer]:
     """Protocol `choice`: the option whose letter is the likeliest answer; the first of equally likely ones."""
+    letters = [[letter(i) for i in range(len(question.options))] for question in questions]
+    answers = []
+    for sums in _of_answers(model, tokenizer, prompts, letters, chat_format, token_budget, progress):
+        pred = sums.index(max(sums))
+        answers.append(Answer(letter(pred), pred, log_likelihoods=sums))
+    return answers
+
+
+def cloze(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    chat_format: str,
+    token_budget: int,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Protocol `cloze`: the option whose text is the likeliest answer; the second rule divides by its characters.
+
+    `prompts` don't list the options.
+    """
+    options = [question.options for question in questions]
+    found = _of_answers(model, tokenizer, prompts, options, chat_format, token_budget, progress)
+    answers = []
+    for sums, texts in zip(found, options, strict=True):
+        pred = sums.index(max(sums))
+        by_length = [total / max(1, len(text)) for total, text in zip(sums, texts, strict=True)]
+        answers.append(Answer(texts[pred], pred, by_length.index(max(by_length)), sums))
+    return answers
+
+
+def _of_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[str]],
+    chat_format: str,
+    token_budget: int,
+    progress: Progress | None,
+) -> list[tuple[float, ...]]:
+    """The log-likelihood, in nats, of each of a prompt's answers."""
     lead = answer_lead(tokenizer, chat_format)
     inputs: dict[tuple[int, ...], int] = {}  # what is run, each distinct input once -> its number
     wanted: list[list[tuple[int, int]]] = []
-    places: list[list[tuple[int, int, int]]] = []  # a question's options: input, first and last of its wanted tokens
-    for question, asked in zip(questions, prompts, strict=True):
-        texts = [asked.text + lead + letter(i) for i in range(len(question.options))]
-        shared, tails = _tails(asked.ids, _encode(tokenizer, chat_format, texts))
+    places: list[list[tuple[int, int, int]]] = []  # a prompt's answers: input, first and last of its wanted tokens
+    for asked, texts in zip(prompts, answers, strict=True):
+        wholes = _encode(tokenizer, chat_format, [asked.text + lead + text for text in texts])
+        shared, tails = _tails(asked.ids, wholes)
         places.append([])
         for tail in tails:
             run = inputs.setdefault((*shared, *tail[:-1]), len(inputs))
@@ -178,12 +257,7 @@ def choice(
             wanted[run] += [(len(shared) - 1 + k, token) for k, token in enumerate(tail)]
             places[-1].append((run, first, first + len(tail)))
     scores = log_likelihoods(model, [list(ids) for ids in inputs], wanted, token_budget, progress)
-    answers = []
-    for options in places:
-        sums = tuple(math.fsum(scores[run][first:last]) for run, first, last in options)
-        pred = sums.index(max(sums))
-        answers.append(Answer(letter(pred), pred, sums))
-    return answers
+    return [tuple(math.fsum(scores[run][first:last]) for run, first, last in options) for options in places]
 
 
 def _tails(prompt_ids: list[int], wholes: list[list[int]]) -> tuple[list[int], list[list[int]]]:
@@ -208,24 +282,28 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """log p(token | input up to and with position), in nats, for the (position, token) pairs wanted of each input.
 
-    Inputs are run in batches of at most `token_budget` tokens, padding counted. Raises UserError on a result that is
-    not a number. B: inputs of a batch, T: the longest, N: pairs, H: hidden size, V: vocabulary.
+    Inputs that begin alike are run as a tree; trees in batches of at most `token_budget` tokens, padding counted.
+    Raises UserError on a result that is not a number.
+    B: trees of a batch, T: tokens of the largest, N: pairs, H: hidden size, V: vocabulary.
     """
     results: list[list[float]] = [[] for _ in inputs]
+    grown = trees.grow(inputs, trees.can_share(model, max(map(len, inputs), default=0)))
     done = 0
-    for batch in generation.batches([len(ids) for ids in inputs], token_budget):
-        width = len(inputs[batch[0]])
-        # Padded on the right, where no token of the text looks: no mask is needed, and any id pads.
-        ids = torch.tensor([[*inputs[i], *[0] * (width - len(inputs[i]))] for i in batch], device=model.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
-        pairs = [(row, position, token) for row, i in enumerate(batch) for position, token in wanted[i]]
-        rows, positions, tokens = torch.tensor(pairs, device=model.device).T
-        values = _head(model, hidden[rows, positions], tokens)
+    for batch in generation.batches([len(tree.ids) for tree in grown], token_budget):
+        hidden = trees.run(model, [grown[i] for i in batch])  # [B, T, H]
+        pairs = [  # row, place, token, input
+            (row, path[position], token, number)
+            for row, i in enumerate(batch)
+            for number, path in grown[i].paths.items()
+            for position, token in wanted[number]
+        ]
+        rows, places, tokens, _ = torch.tensor(pairs, device=model.device).T
+        values = _head(model, hidden[rows, places], tokens)
         if not all(map(math.isfinite, values)):
             raise UserError("the model's logits are not finite: its weights are damaged, or try precision fp32")
-        for (row, _, _), value in zip(pairs, values, strict=True):
-            results[batch[row]].append(value)
-        done += len(batch)
+        for (_, _, _, number), value in zip(pairs, values, strict=True):
+            results[number].append(value)
+        done += sum(len(grown[i].paths) for i in batch)
         if progress:
             progress(done, len(inputs))
     return results

@@ -10,6 +10,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from pandallm import prompt
 from pandallm.config import UserError
+from pandallm.model import trees
+
+KEPT = 0.75  # share of a batch's rows that are still being written, below which the finished ones are let go
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not (yet) a character
 
@@ -23,18 +26,21 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     return {int(tokenizer.eos_token_id), *listed, *marks}
 
 
-def batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def batches(lengths: Sequence[int], token_budget: int, counts: Sequence[int] | None = None) -> list[list[int]]:
     """Indices into `lengths`, longest first, in batches of at most `token_budget` tokens, padding counted.
 
-    What is longer than the budget is a batch of its own. Longest first: what doesn't fit into memory fails at once.
+    `counts`: how many rows of its length each stands for (1). What is longer than the budget is a batch of its own.
+    Longest first: what doesn't fit into memory fails at once.
     """
     found: list[list[int]] = []
-    width = 0
+    width = rows = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not found or (len(found[-1]) + 1) * width > token_budget:
+        count = counts[i] if counts else 1
+        if not found or (rows + count) * width > token_budget:
             found.append([])
-            width = lengths[i]
+            width, rows = lengths[i], 0
         found[-1].append(i)
+        rows += count
     return found
 
 
@@ -43,22 +49,23 @@ def greedy_batch(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     eos_ids: Set[int],
-    pad_id: int,
     token_budget: int,
     progress: Callable[[int, int], None] | None = None,
+    enough: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt, token by token, in the order given; without the eos that ends it.
 
-    `token_budget`: tokens of prompts and answers, padding counted, that a batch holds (its keys and values are kept).
-    `progress` is called with the prompts done and their number. Raises UserError if the model's logits are not numbers.
+    Prompts that begin alike are read as one. `token_budget`: tokens of prompts and answers, padding counted, that a
+    batch holds (its keys and values are kept). `progress` is called with the prompts done and their number. `enough`
+    is asked, with a prompt's number and what was written, whether that is all that is wanted. Raises UserError if the
+    model's logits are not numbers.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
     done = 0
-    for rows in batches([len(p) + max_new_tokens for p in prompts], token_budget):
-        written = _greedy(model, [prompts[row] for row in rows], max_new_tokens, eos_ids, pad_id)
-        for row, ids in zip(rows, written, strict=True):
-            outputs[row] = ids
-        done += len(rows)
+    grown = trees.grow(prompts, trees.can_share(model, max(map(len, prompts), default=0)))
+    lengths = [max(map(len, tree.paths.values())) + max_new_tokens for tree in grown]
+    for batch in batches(lengths, token_budget, [len(tree.paths) for tree in grown]):
+        done += _greedy(model, [grown[i] for i in batch], outputs, max_new_tokens, eos_ids, enough)
         if progress:
             progress(done, len(prompts))
     return outputs
@@ -66,35 +73,58 @@ def greedy_batch(
 
 @torch.inference_mode()
 def _greedy(
-    model: PreTrainedModel, prompts: list[Sequence[int]], max_new_tokens: int, eos_ids: Set[int], pad_id: int
-) -> list[list[int]]:
-    """One batch of `greedy_batch`. B: rows not finished, T: longest prompt, S: T and the tokens generated so far."""
-    width = max(len(p) for p in prompts)
-    # Padded on the left, so that every row's next token is at the end.
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)  # [B, T]
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # [B, S]
-    outputs: list[list[int]] = [[] for _ in prompts]
-    live = list(range(len(prompts)))  # the prompt of each row
-    cache = DynamicCache(config=model.config)
-    for _ in range(max_new_tokens):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        )
-        picked = _numbers(output.logits[:, -1]).argmax(-1)  # [B]
-        tokens = picked.tolist()
-        going = [i for i, token in enumerate(tokens) if token not in eos_ids]
-        for i in going:
-            outputs[live[i]].append(tokens[i])
-        if not going:
+    model: PreTrainedModel,
+    grown: list[trees.Tree],
+    outputs: list[list[int]],
+    max_new_tokens: int,
+    eos_ids: Set[int],
+    enough: Callable[[int, list[int]], bool] | None,
+) -> int:
+    """One batch of `greedy_batch`: appends to `outputs`, returns the number of its prompts.
+
+    N: prompts, B: rows held, S: the longest prompt and the tokens generated so far, H: hidden size.
+    """
+    read = DynamicCache()
+    states = trees.run(model, grown, read)
+    rows = [number for tree in grown for number in tree.paths]  # the prompt of each row
+    count = len(rows)
+    paths = [path for tree in grown for path in tree.paths.values()]
+    width = max(map(len, paths))
+    last = torch.stack([states[row, path[-1]] for row, tree in enumerate(grown) for path in tree.paths.values()])
+    logits = model.get_output_embeddings()(last)  # [N, V]
+    cache = trees.unfold(read, grown)
+    del read, states
+    mask = torch.tensor([[0] * (width - len(path)) + [1] * len(path) for path in paths], device=model.device)  # [B, S]
+    live = dict(enumerate(rows))  # of the rows held, those not finished
+    for written in range(1, max_new_tokens + 1):
+        picked = _numbers(logits).argmax(-1)  # [B]
+        for row, token in enumerate(picked.tolist()):
+            if row not in live:
+                continue
+            number = live[row]
+            if token in eos_ids:
+                del live[row]
+                continue
+            outputs[number].append(token)
+            if enough and enough(number, outputs[number]):
+                del live[row]
+        if not live or written == max_new_tokens:
             break
-        if len(going) < len(live):  # finished rows leave the batch
-            index = torch.tensor(going, device=model.device)
+        if len(live) <= KEPT * len(picked):  # finished rows leave the batch, not one by one: that copies the cache
+            index = torch.tensor(list(live), device=model.device)
             cache.batch_select_indices(index)
-            mask, picked, live = mask[index], picked[index], [live[i] for i in going]
-        ids = picked[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-    return outputs
+            mask, picked, live = mask[index], picked[index], dict(enumerate(live.values()))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = mask.sum(1, keepdim=True) - 1
+        output = model(
+            input_ids=picked[:, None],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1]
+    return count
 
 
 def _numbers(logits: torch.Tensor) -> torch.Tensor:

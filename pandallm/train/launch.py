@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import sys
 import threading
 import time
 from typing import Any
@@ -14,9 +12,9 @@ import torch
 
 from pandallm import log
 from pandallm.config import UserError
+from pandallm.model import load
 
 BEAT = 3.0  # seconds between two signs of life of a rank
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 SILENCE = 20.0  # seconds without one after which a rank counts as dead
 
 
@@ -40,7 +38,7 @@ def first_host(nodes: str) -> str:
 def device() -> torch.device:
     """This rank's device. UserError where a node has fewer GPUs than ranks."""
     if not torch.cuda.is_available():
-        _keep_memory()
+        load.keep_memory()
         return torch.device("cpu")
     number = int(os.environ.get("LOCAL_RANK", "0"))
     if number >= torch.cuda.device_count():
@@ -48,14 +46,6 @@ def device() -> torch.device:
     found = torch.device("cuda", number)
     torch.cuda.set_device(found)
     return found
-
-
-def _keep_memory() -> None:
-    """Where tensors come from glibc's heap, makes it keep what a row's end frees: the next row wants it again, and
-    having it from the system anew took 7 % of a step. Other C libraries have their own ways."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # a large tensor still goes back at once
 
 
 def check_precision(precision: str, device: torch.device) -> None:
