@@ -7,9 +7,10 @@
 `panda eval` against the hf backend of the harness, whose tasks `panda eval export-lm-eval` writes: the same model, raw
 text, the same ids. Every contender is a process of its own, ours between the harness's batch sizes, of which the faster
 one counts. The seconds are those of scoring, tokenisation included; the wall clock has the loading too (and, in the
-harness, its index of tasks). The memory is the process's peak. `auto` lets the harness find its batch size; its memory
-is limited so that it fails as it expects to (--memory), and not with the machine. PYTHON is that of an environment
-that has the harness: pip install "lm-eval[hf]".
+harness, its index of tasks). The memory is the process's peak. `--batch-sizes 8,auto` lets the harness look for a size
+too; on a CPU that takes it minutes (for `generate` it tries whole windows), and its memory is limited so that a size
+too large fails as it expects (--memory), and not the machine. PYTHON is that of an environment that has the harness:
+pip install "lm-eval[hf]".
 
 In fp32 the answers must be equal but for ties. In bf16 the harness rounds its logits to bf16 (1/8 between 16 and 32),
 so that options often tie for it; the margins show that.
@@ -284,7 +285,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=several, default=["c3-m", "logiqa-v2"])
     parser.add_argument("--protocols", type=several, default=list(SPEED))
     parser.add_argument("--precisions", type=several, default=list(DTYPES))
-    parser.add_argument("--batch-sizes", type=several, default=["8", "auto"], help="of the harness")
+    parser.add_argument("--batch-sizes", type=several, default=["8", "16"], help="of the harness; or auto")
     parser.add_argument("--limit", type=int, help="questions of each task (default: all)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", type=float, default=12.0, help="GiB of address space for the batch size auto")
