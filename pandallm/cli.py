@@ -192,7 +192,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for results.json and predictions.jsonl.")] = Path(),
     chat_format: Annotated[str | None, typer.Option(help="none, model (its own), or a format's name.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Bits per character of this file; may be repeated.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch; near-ties in bf16 may move with it.")] = 4096,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a batch; near-ties in bf16 may move with it. Default: by device.")
+    ] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
     training: Annotated[
         list[Path] | None,

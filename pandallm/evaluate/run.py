@@ -28,6 +28,7 @@ from pandallm.evaluate.tasks import TASKS
 from pandallm.evaluate.unfinished import Unfinished
 from pandallm.evaluate.variants import Asked
 from pandallm.model import load as models
+from pandallm.model import trees
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHAT_FORMATS = ("none", "model", *prompt.TEMPLATES)
@@ -47,7 +48,7 @@ def run(
     out: Path,
     chat_format: str | None = None,
     texts: Sequence[Path] = (),
-    token_budget: int = 4096,
+    token_budget: int | None = None,
     precision: str = "auto",
     wordings: Sequence[str] = ("original",),
     shots: int = 0,
@@ -58,8 +59,8 @@ def run(
 
     `model`: folder, hub id or built-in name. `tasks`: see tasks.get. `limit`, `wordings`, `shots`, `permute`: see
     variants.sets. `chat_format`: see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of
-    a batch, padding counted. `precision`: fp32, bf16, or auto (bf16 where the device computes in it). `training`: see
-    seen.flags. Raises UserError for every mistake in these, before the model is loaded, and if OUT is another run's.
+    a batch, padding counted (None: see Asking.budget). `precision`: fp32, bf16, or auto (bf16 where the device computes
+    in it). `training`: see seen.flags. Raises UserError for mistakes in these and if OUT is another run's.
     """
     _check(tasks, data, protocols, limit, out, chat_format, texts, token_budget, precision)
     sets = variants.sets(tasks, data, split, limit, wordings, shots, permute)
@@ -131,7 +132,7 @@ def _check(
     out: Path,
     chat_format: str | None,
     texts: Sequence[Path],
-    token_budget: int,
+    token_budget: int | None,
     precision: str,
 ) -> None:
     """Raises UserError for arguments that can't be meant."""
@@ -219,30 +220,37 @@ class Asking:
     network: PreTrainedModel
     words: PreTrainedTokenizerBase
     chat_format: str
-    token_budget: int
+    token_budget: int | None
 
     def rows(self, asked: Sequence[Asked], protocol: str) -> list[report.Row]:
         """What it answers, as lines of predictions.jsonl."""
         window = int(self.network.config.max_position_embeddings)
-        questions = [a.question for a in asked]
+        questions, budget = [a.question for a in asked], self.budget(protocol)
         progress = _progress(f"{questions[0].task}, {asked[0].wording}, {protocol}")
         prompts = [
             score.ask(self.words, self.chat_format, a.question, a.wording, protocol, window, a.examples) for a in asked
         ]
         if protocol == "generate":
-            answers = score.generate(self.network, self.words, questions, prompts, self.token_budget, progress)
+            answers = score.generate(self.network, self.words, questions, prompts, budget, progress)
         else:
             answers = (score.choice if protocol == "choice" else score.cloze)(
-                self.network, self.words, questions, prompts, self.chat_format, self.token_budget, progress
+                self.network, self.words, questions, prompts, self.chat_format, budget, progress
             )
         return [_row(a, protocol, p, answer) for a, p, answer in zip(asked, prompts, answers, strict=True)]
 
     def bits(self, name: str, texts: Sequence[str]) -> dict[str, Any]:
         """Bits per character of a file's texts."""
         progress = _progress(f"bits per character of {name}, windows")
-        return score.bits_per_character(
-            self.network, self.words, texts, token_budget=self.token_budget, progress=progress
-        )
+        budget = self.budget("choice")
+        return score.bits_per_character(self.network, self.words, texts, token_budget=budget, progress=progress)
+
+    def budget(self, protocol: str) -> int:
+        """Tokens of a batch. A CPU reads few at once fastest, but writes many texts at once fastest."""
+        if self.token_budget:
+            return self.token_budget
+        if self.network.device.type != "cpu":
+            return 16_384
+        return 4096 if protocol == "generate" else trees.IN_CACHE
 
 
 def _evaluate(

@@ -84,16 +84,12 @@ def _greedy(
 
     N: prompts, B: rows held, S: the longest prompt and the tokens generated so far, H: hidden size.
     """
-    read = DynamicCache()
-    states = trees.run(model, grown, read)
     rows = [number for tree in grown for number in tree.paths]  # the prompt of each row
     count = len(rows)
     paths = [path for tree in grown for path in tree.paths.values()]
     width = max(map(len, paths))
-    last = torch.stack([states[row, path[-1]] for row, tree in enumerate(grown) for path in tree.paths.values()])
+    cache, last = _read(model, grown, width)
     logits = model.get_output_embeddings()(last)  # [N, V]
-    cache = trees.unfold(read, grown)
-    del read, states
     mask = torch.tensor([[0] * (width - len(path)) + [1] * len(path) for path in paths], device=model.device)  # [B, S]
     live = dict(enumerate(rows))  # of the rows held, those not finished
     for written in range(1, max_new_tokens + 1):
@@ -125,6 +121,21 @@ def _greedy(
         )
         logits = output.logits[:, -1]
     return count
+
+
+def _read(model: PreTrainedModel, grown: list[trees.Tree], width: int) -> tuple[DynamicCache, torch.Tensor]:
+    """The cache of every prompt of some trees on its own, padded on the left to `width`, and its last state [N, H].
+
+    On a CPU few tokens are read at once: they fit its cache.
+    """
+    at_once = trees.IN_CACHE if model.device.type == "cpu" else sum(len(tree.ids) for tree in grown)
+    caches, last = [], []
+    for start, end in trees.runs(grown, at_once):
+        read, some = DynamicCache(), grown[start:end]
+        states = trees.run(model, some, read)  # [B, T, H]
+        last += [states[row, path[-1]] for row, tree in enumerate(some) for path in tree.paths.values()]
+        caches.append(trees.unfold(read, some, width))
+    return trees.join(caches), torch.stack(last)
 
 
 def _numbers(logits: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 WORTH = 0.25  # of a text: the least that it shares with its neighbour for both to be in one tree
 ROOM = 1024  # tokens of a tree, or twice its first text: attention is over all pairs in a tree
+IN_CACHE = 1024  # tokens that a CPU reads at once: more are slower there (a third at 4096), fewer no faster
 
 Segment = tuple[int, list[int]]  # where new tokens start in a tree, and the path that leads to them
 
@@ -100,17 +101,38 @@ def run(model: PreTrainedModel, trees: Sequence[Tree], cache: DynamicCache | Non
     return states
 
 
-def unfold(cache: DynamicCache, trees: Sequence[Tree]) -> DynamicCache:
-    """The cache of every text on its own, in the order of the trees and of their paths, padded on the left."""
+def runs(trees: Sequence[Tree], at_once: int) -> list[tuple[int, int]]:
+    """First and last of trees in a row, as many as hold `at_once` tokens with their padding; one at least."""
+    found: list[tuple[int, int]] = []
+    start = width = 0
+    for i, tree in enumerate(trees):
+        width = max(width, len(tree.ids))
+        if i > start and (i + 1 - start) * width > at_once:
+            found.append((start, i))
+            start, width = i, len(tree.ids)
+    return [*found, (start, len(trees))]
+
+
+def unfold(cache: DynamicCache, trees: Sequence[Tree], width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each layer's keys and values [N, K, W, D] of every text on its own, in the order of the trees and of their paths,
+    padded on the left to `width`."""
     paths = [(row, path) for row, tree in enumerate(trees) for path in tree.paths.values()]
-    width = max(len(path) for _, path in paths)
     rows = torch.tensor([[row] for row, _ in paths])  # [N, 1]
     places = torch.tensor([[0] * (width - len(path)) + path for _, path in paths])  # [N, W]
-    single = DynamicCache()
     layers: list[Any] = cache.layers
-    for i, layer in enumerate(layers):
+    found = []
+    for layer in layers:
         device = layer.keys.device
         index = rows.to(device), slice(None), places.to(device)
         # Indices around a slice move to the front: [N, W, K, D]
-        single.update(layer.keys[index].transpose(1, 2), layer.values[index].transpose(1, 2), i)
-    return single
+        found.append((layer.keys[index].transpose(1, 2), layer.values[index].transpose(1, 2)))
+    return found
+
+
+def join(parts: Sequence[list[tuple[torch.Tensor, torch.Tensor]]]) -> DynamicCache:
+    """One cache of the texts of several `unfold`s, which are of one width."""
+    cache = DynamicCache()
+    for i, layers in enumerate(zip(*parts, strict=True)):
+        keys, values = zip(*layers, strict=True)
+        cache.update(torch.cat(keys), torch.cat(values), i)
+    return cache
