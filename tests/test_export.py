@@ -17,7 +17,7 @@ import yaml
 from pandallm import cli, demo, files, tokenizer
 from pandallm.config import UserError
 from pandallm.data.questions import WORDINGS, letter
-from pandallm.evaluate import export, score, tasks
+from pandallm.evaluate import export, score, tasks, variants
 from pandallm.evaluate import run as evaluation
 from pandallm.evaluate.tasks import Question
 from pandallm.model import load
@@ -161,8 +161,13 @@ def test_what_the_harness_can_not_read_is_refused() -> None:
     assert export._pattern("t", [question(*"甲乙丙丁戊")] * 2) == "[A-E]"
     with pytest.raises(UserError, match="A-D and A-E.*leave generate out"):
         export._pattern("t", [question("甲", "乙"), question(*"甲乙丙丁戊")])
-    with pytest.raises(UserError, match="question 1-0 has an empty option"):
-        export._how("t", "cloze", [question("甲", "")], tokenizer.load(load.resolve("tiny")))
+    asked = [
+        variants.Asked(question("甲", "乙"), "original"),
+        variants.Asked(replace(question("甲", ""), id="2"), "original"),
+    ]
+    part = variants.Set(tasks.get("c3-d"), asked, "", {})
+    assert export._askable(part, "cloze", "t") == (asked[:1], {"an empty option": 1})
+    assert export._askable(part, "choice", "t") == (asked, {})
 
 
 @pytest.mark.parametrize(

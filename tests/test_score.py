@@ -112,6 +112,17 @@ def test_cloze_is_transformers_one_by_one(
             assert answer.second == by_length.index(max(by_length))
 
 
+def test_cloze_does_not_choose_what_has_no_text(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    model, words = tiny[0], tokenizer.load(load.resolve("tiny"))
+    for chat_format in ("none", "chatml"):
+        score.use_format(words, chat_format)
+        for options in (("", "雨"), ("雨", "")):
+            question = Question("c3-d", "1", "天黑了。", "怎么了？", options, 0)
+            asked = score.ask(words, chat_format, question, "original", "cloze", 2048)
+            (answer,) = score.cloze(model, words, [question], [asked], chat_format, 4096)
+            assert answer.output == "雨" and answer.second == answer.pred == options.index("雨")
+
+
 @pytest.mark.parametrize(
     ("output", "n_options", "index"),
     [

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from pandallm import files, log, prompt, tokenizer
 from pandallm.config import UserError
 from pandallm.data.questions import letter
-from pandallm.evaluate import score, variants
+from pandallm.evaluate import layouts, score, variants
 from pandallm.evaluate.tasks import TASKS, Question
 from pandallm.model import load as models
 
@@ -54,16 +54,17 @@ def run(
     prompts: list[score.Prompt] = []
     for part, protocol in product(sets.values(), protocols):
         name = _name(part, protocol)
-        read = [score.ask(words, used_format, a.question, a.wording, protocol, window) for a in part.asked]
-        asked = variants.wordings(wordings)
-        about = {"version": part.task.version, "split": split, "wordings": asked, "chat_format": used_format}
-        about |= {"truncated": sum(p.truncated for p in read), "data": part.data, "left_out": part.left_out}
+        asked, left_out = _askable(part, protocol, name)
+        read = [score.ask(words, used_format, a.question, a.wording, protocol, window) for a in asked]
+        about = {"version": part.task.version, "split": split, "chat_format": used_format}
+        about |= {"wordings": variants.wordings(wordings)}
+        about |= {"truncated": sum(p.truncated for p in read), "data": part.data, "left_out": left_out}
         if about["truncated"]:
             log.warn(f"{name}: {about['truncated']} contexts were cut to the model's window")
-        questions = [a.question for a in part.asked]
+        questions = [a.question for a in asked]
         conf = _frame(name, split, lead) | _how(name, protocol, questions, words) | {"metadata": about}
         written[f"{name}.yaml"] = yaml.safe_dump(conf, allow_unicode=True, sort_keys=False)
-        written[f"{name}.jsonl"] = "".join(map(_record, part.asked, read))
+        written[f"{name}.jsonl"] = "".join(map(_record, asked, read))
         prompts += read
     model_args = f"pretrained={folder.absolute()},dtype=float32{_special_tokens(words, prompts)}"
     try:
@@ -73,6 +74,18 @@ def run(
         raise UserError(f"{out}: can't be written ({e.strerror}); choose another --out") from None
     names = [_name(part, protocol) for part, protocol in product(sets.values(), protocols)]
     return {"out": str(out), "tasks": names, "command": _command(out, names, model_args)}
+
+
+def _askable(part: variants.Set, protocol: str, name: str) -> tuple[list[variants.Asked], dict[str, int]]:
+    """What the harness can ask, and what is left out by cause: it can't score an empty text."""
+    if protocol != "cloze":
+        return part.asked, part.left_out
+    asked = [a for a in part.asked if all(a.question.options)]
+    empty = len({a.question.id for a in part.asked}) - len({a.question.id for a in asked})
+    if not empty:
+        return asked, part.left_out
+    log.warn(f"{name}: {empty} questions have an empty option, which the harness can't score: left out")
+    return asked, part.left_out | {layouts.EMPTY_OPTION: empty}
 
 
 def _name(part: variants.Set, protocol: str) -> str:
@@ -136,9 +149,6 @@ def _how(name: str, protocol: str, questions: Sequence[Question], words: PreTrai
             "filter_list": [{"name": "first-letter", "filter": filters}],
             "metric_list": [_mean("exact_match")],
         }
-    empty = next((q.id for q in questions if not all(q.options)), None)
-    if protocol == "cloze" and empty is not None:
-        raise UserError(f"{name}: question {empty} has an empty option, which the harness can't score: leave cloze out")
     return {
         "output_type": "multiple_choice",
         "doc_to_choice": "letters" if protocol == "choice" else "options",

@@ -7,6 +7,7 @@ not run again; one that did not finish goes on, task by task, protocol by protoc
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -295,7 +296,7 @@ def _evaluate(
 def _row(asked: Asked, protocol: str, read: score.Prompt, answer: score.Answer) -> report.Row:
     """A line of predictions.jsonl; `pred` and `gold` are letters as shown, `pred` null where the output has none."""
     question = asked.question
-    row = {
+    row: report.Row = {
         "task": question.task,
         "id": question.id,
         "wording": asked.wording,
@@ -311,7 +312,9 @@ def _row(asked: Asked, protocol: str, read: score.Prompt, answer: score.Answer) 
     if second := SECOND.get(protocol):
         row[second] = None if answer.second is None else letter(answer.second)
     row |= asked.fields() | ({"shots": read.shots} if asked.examples else {})
-    return row | ({"log_likelihoods": list(answer.log_likelihoods)} if answer.log_likelihoods else {})
+    if answer.log_likelihoods:  # null: of an option without a text
+        row["log_likelihoods"] = [value if math.isfinite(value) else None for value in answer.log_likelihoods]
+    return row
 
 
 def _progress(label: str) -> score.Progress:

@@ -221,13 +221,16 @@ def cloze(
 
     `prompts` don't list the options.
     """
-    options = [question.options for question in questions]
-    found = _of_answers(model, tokenizer, prompts, options, chat_format, token_budget, progress)
+    texts = [[option for option in question.options if option] for question in questions]
+    found = _of_answers(model, tokenizer, prompts, texts, chat_format, token_budget, progress)
     answers = []
-    for sums, texts in zip(found, options, strict=True):
+    for question, values in zip(questions, found, strict=True):
+        left = iter(values)
+        # What has no text has no likelihood, and is not chosen: real sets hold a few such options.
+        sums = tuple(next(left) if option else -math.inf for option in question.options)
         pred = sums.index(max(sums))
-        by_length = [total / max(1, len(text)) for total, text in zip(sums, texts, strict=True)]
-        answers.append(Answer(texts[pred], pred, by_length.index(max(by_length)), sums))
+        by_length = [total / max(1, len(text)) for total, text in zip(sums, question.options, strict=True)]
+        answers.append(Answer(question.options[pred], pred, by_length.index(max(by_length)), sums))
     return answers
 
 
