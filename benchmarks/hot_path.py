@@ -17,6 +17,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import train as benchmark
+import watch
 
 PARTS = ("loss", "backward", "step")
 TARGET = 0.02
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     args = parser.parse_args()
     args.work = Path(mkdtemp(prefix="pandallm-hot-path-"))
-    os.environ.update(benchmark.ENV)  # before torch is loaded
+    os.environ.update(watch.ENV)  # before torch is loaded
     benchmark.make_talks(args, benchmark.make_model(args.work / "model"))
     benchmark.make_shards(args)
 
