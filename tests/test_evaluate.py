@@ -590,6 +590,13 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert again["tasks"]["c3-m"]["accuracy"] == whole["tasks"]["c3-m"]["accuracy"]
 
 
+def test_what_a_kill_after_the_results_leaves_is_removed(tmp_path: Path) -> None:
+    evaluation.run(tasks=["c3-m"], out=tmp_path / "out", **BASE)
+    (tmp_path / "out" / "unfinished").mkdir()
+    evaluation.run(tasks=["c3-m"], out=tmp_path / "out", **BASE)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["predictions.jsonl", "results.json"]
+
+
 def test_a_stopped_run_of_other_arguments_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> list[score.Answer]:
         raise KeyboardInterrupt

@@ -24,7 +24,7 @@ from pandallm import files, log, prompt, tokenizer
 from pandallm.config import UserError, read_text
 from pandallm.data.questions import letter
 from pandallm.data.shards import Shards
-from pandallm.evaluate import report, runs, score, seen, variants
+from pandallm.evaluate import report, runs, score, seen, unfinished, variants
 from pandallm.evaluate.tasks import TASKS
 from pandallm.evaluate.unfinished import Unfinished
 from pandallm.evaluate.variants import Asked
@@ -99,7 +99,6 @@ def run(
         results["bits_per_character"][name] = {"data": hashes[name]} | asking.bits(name, found)
     results |= {"precision": precision, "device": device, "seconds": round(time.monotonic() - started, 1)}
     _write(out, results, rows)
-    kept.clear()
     return results
 
 
@@ -122,6 +121,7 @@ def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
     results |= {"versions": log.versions(), "commit": log.commit()}
     files.write_text(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     files.write_json(out / "results.json", results)
+    unfinished.clear(out)
     log.say(report.table(results))
 
 
@@ -137,6 +137,8 @@ def _check(
     precision: str,
 ) -> None:
     """Raises UserError for arguments that can't be meant."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("panda eval is one process: start it without a launcher of several")
     if not tasks and not texts:
         raise UserError(f"nothing to evaluate: name tasks ({', '.join(TASKS)}) or texts")
     for what, values, known in (
@@ -210,6 +212,7 @@ def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
         if before.get(key) != value:
             shown = "" if key in ("model", "data") else f" ({before.get(key)}, now {value})"
             raise UserError(f"{out}: holds an evaluation with another {key}{shown}; choose another --out")
+    unfinished.clear(out)  # where the run was killed between its last two steps
     log.say(f"{out}: this evaluation is done already\n{report.table(results)}")
     return results
 

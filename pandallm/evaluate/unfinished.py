@@ -12,18 +12,20 @@ from typing import Any
 from pandallm import files, log
 from pandallm.evaluate.report import Row
 
+FOLDER = "unfinished"
+
 
 class Unfinished:
     """OUT/unfinished: the arguments, and a file of rows for each part (task, protocol, wording) that is done."""
 
     def __init__(self, out: Path, arguments: dict[str, Any]) -> None:
-        self.folder = out / "unfinished"
+        self.folder = out / FOLDER
         wanted = json.loads(json.dumps(arguments))  # as it comes back
         about = self.folder / "arguments.json"
         if about.exists() and files.read_json(about) == wanted:
             log.say(f"{out}: goes on where it was stopped")
         else:  # another evaluation's, which has no results to lose
-            self.clear()
+            clear(out)
             self.folder.mkdir(parents=True)
             files.write_json(about, wanted)
 
@@ -37,5 +39,6 @@ class Unfinished:
         kept = files.read_json(path)
         return kept["rows"], kept["seconds"]
 
-    def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+def clear(out: Path) -> None:
+    shutil.rmtree(out / FOLDER, ignore_errors=True)

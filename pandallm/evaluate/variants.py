@@ -164,5 +164,5 @@ def _tell(task: Task, questions: Sequence[Question], left_out: Mapping[str, int]
     if duplicates:
         log.warn(
             f"{task.name}: {duplicates} questions have the right option twice; flagged (duplicate_options), and only"
-            " the first of the two counts as right"
+            " the one that the file names (the first, where it names a text) counts as right"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -49,10 +50,10 @@ def grow(texts: Sequence[Sequence[int]], share: bool = True) -> list[Tree]:
     What is in a tree depends on the texts alone, never on how many are run at once.
     """
     trees: list[Tree] = []
-    before: Sequence[int] = ()
+    before: list[int] = []
     for number in sorted(range(len(texts)), key=lambda i: list(texts[i])):
-        text = texts[number]
-        common = _common(before, text)
+        text = list(texts[number])
+        common = len(commonprefix([before, text]))  # of any sequences
         tree = trees[-1] if trees else None
         if tree is None or not share or not _fits(tree, len(text), common):
             trees.append(tree := Tree([], {}, []))
@@ -67,10 +68,6 @@ def grow(texts: Sequence[Sequence[int]], share: bool = True) -> list[Tree]:
         tree.paths[number] = path + list(range(start, len(tree.ids)))
         before = text
     return trees
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _fits(tree: Tree, length: int, common: int) -> bool:
