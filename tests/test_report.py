@@ -11,133 +11,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from test_statistics import row
 from typer.testing import CliRunner
 
 from pandallm import cli, files
 from pandallm.config import UserError
 from pandallm.evaluate import charts, checkpoints, page, publish, report, runs, score, statistics, tasks
 from pandallm.evaluate import run as evaluation
-from pandallm.evaluate.report import Row
 from pandallm.model import load
-
-# --- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def test_questions_needed_is_mcnemars_sample_size() -> None:
-    # 25 % of the questions are only B's, 15 % only A's: Connor's formula by hand.
-    differences = [1.0] * 25 + [-1.0] * 15 + [0.0] * 60
-    psi, delta = 0.40, 0.10
-    by_hand = (1.959964 * math.sqrt(psi) + 0.841621 * math.sqrt(psi - delta**2)) ** 2 / delta**2
-    assert statistics.questions_needed(differences) == math.ceil(by_hand)
-    assert statistics.questions_needed([-d for d in differences]) == math.ceil(by_hand)
-    assert statistics.questions_needed([1.0, -1.0, 0.0]) is None and statistics.questions_needed([0.0]) is None
-    halves = [d / 2 for d in differences]  # means over wordings: only the ratio counts
-    assert statistics.questions_needed(halves) == math.ceil(by_hand)
-
-
-def test_questions_needed_gives_the_power_it_promises() -> None:
-    differences = [1.0] * 25 + [-1.0] * 15 + [0.0] * 60
-    n = statistics.questions_needed(differences) or 0
-    draws = np.random.default_rng(3).multinomial(n, [0.15, 0.25, 0.6], size=4000)
-    z = (draws[:, 1] - draws[:, 0]) / np.sqrt(draws[:, 0] + draws[:, 1])
-    assert (np.abs(z) > 1.959964).mean() == pytest.approx(0.8, abs=0.03)
-
-
-def test_position_bias() -> None:
-    even = [(4, place, place) for place in range(4)] * 5
-    assert statistics.position_bias(even)["total_variation"] == 0.0
-    assert statistics.position_bias(even)["accuracy_spread"] == 0.0
-    always_a = [(4, place, 0) for place in range(4)] * 5
-    found = statistics.position_bias(always_a)
-    assert found["total_variation"] == pytest.approx(0.75) and found["accuracy_spread"] == 1.0
-    assert found["by_options"]["4"] == {
-        "rows": 20, "answered": [1, 0, 0, 0], "gold": [0.25] * 4, "accuracy": [1, 0, 0, 0]
-    }  # fmt: skip
-    # Kept apart by the number of options, weighed by rows; a C to two options is none of them.
-    mixed = statistics.position_bias([*always_a, (2, 0, 2), (2, 0, None), (2, 0, 0), (2, 0, 0)])
-    assert mixed["by_options"]["2"] == {"rows": 4, "answered": [1, 0], "gold": [1, 0], "accuracy": [0.5, None]}
-    assert mixed["total_variation"] == pytest.approx(0.75 * 20 / 24)
-    silent = statistics.position_bias([(2, 0, None), (2, 1, None)])
-    assert silent["total_variation"] == 0.0 and silent["by_options"]["2"]["answered"] == [0, 0]
-
-
-def row(**changes: Any) -> Row:
-    usual = {"task": "t", "id": "1", "wording": "original", "protocol": "choice", "prompt": "p", "output": "o"}
-    found = usual | {"pred": "A", "gold": "A", "truncated": False} | changes
-    return {"correct": found["pred"] == found["gold"]} | found
-
-
-def test_summary_weighs_questions_not_orders() -> None:
-    orders = [[0, 1], [1, 0]]
-    rows = [row(id="two", order=order, gold="AB"[order.index(0)], pred="A") for order in orders]
-    rows += [row(id="four", order=order, gold="D", pred="D") for order in ([0, 1, 2, 3], [1, 2, 0, 3], [2, 1, 0, 3])]
-    figures = report.summary(rows, "choice")
-    assert figures["n"] == 2 and figures["accuracy"] == pytest.approx((0.5 + 1) / 2)
-    assert figures["accuracy_as_given"] == 1.0 and figures["chance"] == pytest.approx((1 / 2 + 1 / 4) / 2)
-    assert figures["ci95"] == list(statistics.wilson(1.5, 2))
-    assert figures["position_bias"]["by_options"]["2"]["answered"] == [1, 0]
-    assert figures["position_bias"]["by_options"]["2"]["gold"] == [0.5, 0.5]
-
-
-def test_summary_of_what_the_rows_hold() -> None:
-    rows = [row(id=str(i), pred_strict=[None, "A", "B", "A"][i], flagged=i < 2, subject="ab"[i > 0]) for i in range(4)]
-    rows[0] |= {"pred": "B", "correct": False}
-    figures = report.summary(rows, "generate")
-    assert figures["accuracy"] == 0.75 and figures["accuracy_strict"] == 0.5 and figures["no_letter_strict"] == 1
-    assert figures["flagged"] == 2 and figures["accuracy_unflagged"] == 1.0
-    assert figures["ci95_unflagged"] == list(statistics.wilson(2, 2))
-    assert figures["subjects"] == {"a": 0.0, "b": 1.0} and figures["subjects_mean"] == 0.5
-    plain = report.summary([row()], "generate")
-    for key in ("accuracy_strict", "accuracy_norm", "flagged", "position_bias", "subjects", "accuracy_as_given"):
-        assert key not in plain
-    everything = report.summary([row(flagged=True, pred_norm="B")], "cloze")
-    assert everything["accuracy_unflagged"] is None and everything["accuracy_norm"] == 0.0
-    shown = report.table({"tasks": {"t": everything}, "bits_per_character": {}})
-    assert "without flagged" in shown and "by length" in shown and "strict parse" not in shown
-
-
-def test_best_and_worst_wording() -> None:
-    rows = [row(id=str(i), wording=w, pred="A" if i < n else "B") for w, n in (("x", 1), ("y", 4)) for i in range(4)]
-    figures = report.summary(rows, "choice")
-    assert (figures["accuracy_worst"], figures["accuracy_best"]) == (0.25, 1.0)
-    assert "sd 53.03, 25.00 … 100.00" in report.table({"tasks": {"t": figures}, "bits_per_character": {}})
-
-
-def pair(only_a: int, only_b: int, same: int) -> dict[str, Any]:
-    kinds = [(True, False)] * only_a + [(False, True)] * only_b + [(True, True)] * same
-    a, b = ([row(id=str(i), correct=kind[side]) for i, kind in enumerate(kinds)] for side in (0, 1))
-    return report.compare(a, b)
-
-
-def test_verdicts() -> None:
-    assert pair(5, 40, 55)["verdict"].startswith("B is better than A by 35.0 points (95 % interval 2")
-    better = pair(40, 5, 55)
-    assert better["verdict"].startswith("A is better than B by 35.0 points (95 % interval 2")
-    assert better["ci95"][1] < 0
-    few = pair(15, 25, 60)
-    assert few["questions_needed"] == 312
-    assert few["verdict"] == (
-        "no difference shown: about 312 questions (212 more) would show a difference of this size (+10.0 points)"
-    )
-    assert pair(7, 7, 3)["verdict"] == "no difference shown: both are right equally often"
-    assert pair(0, 0, 3)["questions_needed"] is None
-    # All right against all wrong, but too few: the interval alone would call it better.
-    assert pair(0, 3, 0)["questions_needed"] == 6 and pair(0, 5, 5)["questions_needed"] == 14
-    assert pair(0, 5, 0)["ci95"] == [1.0, 1.0] and "no difference shown" in pair(0, 5, 0)["verdict"]
-    assert "B is better" in pair(0, 6, 0)["verdict"]
-    assert "nearly (McNemar p 0.040)" in report.verdict(pair(15, 25, 60) | {"mcnemar_p": 0.04, "questions_needed": 90})
-
-
-def test_a_verdict_is_rarely_wrong_where_there_is_no_difference() -> None:
-    chance = random.Random(5)
-    claims = 0
-    for _ in range(60):
-        only_a = sum(chance.random() < 0.5 for _ in range(30))
-        claims += "is better" in pair(only_a, 30 - only_a, 70)["verdict"]
-    assert claims <= 8  # 3 are expected at most
-
 
 # --- a scripted oracle, through the whole path -----------------------------------------------------------------------
 
