@@ -200,6 +200,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Shards it was trained on: questions in them are flagged. May be repeated."),
     ] = None,
+    backend: Annotated[str, typer.Option(help="torch, or vllm where that is installed.")] = "torch",
     checkpoints: Annotated[
         Path | None, typer.Option(help="In place of --model: every checkpoint of this training run, into OUT/step-….")
     ] = None,
@@ -212,30 +213,34 @@ def evaluate(
         raise UserError("--model is needed (a folder, hub id or built-in name), or --checkpoints, and not both")
     if checkpoints and out == Path():
         raise UserError("out: name the folder for the checkpoints' results")
+    from pandallm import log, ranks
     from pandallm.evaluate import run as module
     from pandallm.evaluate.checkpoints import models_of
 
-    results = {
-        name: module.run(
-            str(folder),
-            _listed(task),
-            data,
-            split,
-            _listed(protocol),
-            limit,
-            out / name,
-            chat_format,
-            text or [],
-            batch_tokens,
-            precision,
-            _listed(wordings),
-            shots,
-            permute,
-            training or [],
-        )
-        for name, folder in (models_of(checkpoints) if checkpoints else {"": model}).items()
-    }
-    _print(results if checkpoints else results[""], as_json)
+    with ranks.group():
+        results = {
+            name: module.run(
+                str(folder),
+                _listed(task),
+                data,
+                split,
+                _listed(protocol),
+                limit,
+                out / name,
+                chat_format,
+                text or [],
+                batch_tokens,
+                precision,
+                _listed(wordings),
+                shots,
+                permute,
+                training or [],
+                backend,
+            )
+            for name, folder in (models_of(checkpoints) if checkpoints else {"": model}).items()
+        }
+    if log.rank() == 0:
+        _print(results if checkpoints else results[""], as_json)
 
 
 @eval_app.command(epilog="Example: panda eval compare runs/eval/base runs/eval/tuned")

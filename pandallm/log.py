@@ -13,7 +13,7 @@ from typing import Any
 
 from pandallm import __version__, files
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "deepspeed", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "deepspeed", "vllm", "numpy")
 
 
 def rank() -> int:

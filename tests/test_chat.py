@@ -35,7 +35,9 @@ def test_history_is_what_was_said(parts: tuple) -> None:
     turns += [{"role": "assistant", "content": first}, {"role": "user", "content": "再见"}]
     model, words = parts
     ids = prompt.render_prompt(words, turns)
-    assert second == "".join(generate.stream(model, words, ids, sampling(), generate.stop_ids(model, words)))
+    assert second == "".join(
+        generate.stream(model, words, ids, sampling(), generate.stop_ids(model.generation_config, words))
+    )
     talk.reset()
     assert "".join(talk.answer("你好")) == first
 

@@ -124,9 +124,9 @@ def test_a_broken_model_is_an_error(tiny: tuple[PreTrainedModel, PreTrainedToken
 
 def test_stop_ids(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     model, words = tiny[0], tokenizer.load(load.resolve("tiny"))
-    assert stop_ids(model, words) == {words.eos_token_id}
+    assert stop_ids(model.generation_config, words) == {words.eos_token_id}
     prompt.set_format(words, "chatml")
-    assert stop_ids(model, words) == {words.eos_token_id, words.convert_tokens_to_ids("<|im_end|>")}
+    assert stop_ids(model.generation_config, words) == {words.eos_token_id, words.convert_tokens_to_ids("<|im_end|>")}
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:

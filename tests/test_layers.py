@@ -14,7 +14,7 @@ PACKAGE = ROOT / "pandallm"
 # Layers from the bottom; a module imports from lower layers, or within its own package.
 LAYERS = [
     {"config", "files", "log"},
-    {"prompt", "tokenizer"},
+    {"prompt", "tokenizer", "ranks"},
     {"model", "demo"},
     {"data"},
     {"train", "release", "evaluate", "serve"},

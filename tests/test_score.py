@@ -189,3 +189,25 @@ def test_real_questions_one_by_one(real_data: Path) -> None:
             assert answer.pred == values.index(max(values))
     print(f"largest difference {worst:.1e} nats")
     assert worst < 1e-4
+
+
+@pytest.mark.slow
+def test_real_questions_are_written_as_by_transformers(real_data: Path) -> None:
+    """The real model, fp32: what is written for questions that share passages, token for token."""
+    folder = load.resolve("smollm2-135m")
+    model, words = load.load(folder, torch.float32).eval(), tokenizer.load(folder)
+    questions = [q for task in ("c3-m", "c3-d", "logiqa-v2") for q in tasks.load(task, real_data, "dev")[:8]]
+    prompts = [score.build_prompt(words, "none", q, "original", 1900).ids for q in questions]
+    ends = generate.stop_ids(model.generation_config, words)
+    written = generate.greedy_batch(model, prompts, score.MAX_NEW_TOKENS, ends, 4096)
+    for ids, ours in zip(prompts, written, strict=True):
+        whole = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=score.MAX_NEW_TOKENS,
+            eos_token_id=sorted(ends),
+            pad_token_id=words.eos_token_id,
+        )
+        theirs = whole[0, len(ids) :].tolist()
+        assert ours == (theirs[:-1] if theirs[-1] in ends else theirs)

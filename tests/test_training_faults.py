@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import WriteYaml
-from test_equalities import config, metrics, panda
+from test_equalities import config, metrics
 
 from pandallm import files, log
 from pandallm.config import UserError
 from pandallm.data.shards import Shards
 from pandallm.model import attention, checkpoint, load
-from pandallm.train import faults, launch, objectives, selftest
+from pandallm.train import faults, objectives, selftest
 from pandallm.train import run as train
 from pandallm.train.settings import TrainConfig
 
@@ -196,72 +196,6 @@ def test_crossed_borders_are_found(demo_shards: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(attention, "_by_document", lambda q, k, v, cu, *rest: real(q, k, v, [0, cu[-1]], *rest))
     with pytest.raises(selftest.Contaminated, match="attention crosses their borders"):
         selftest.check(module, Shards(demo_shards), device)
-
-
-DYING = """
-import os, sys, time
-import torch
-from pandallm.train import launch
-launch.BEAT, launch.SILENCE = 0.2, 1.5
-torch.distributed.init_process_group("gloo")
-launch.Heartbeat()
-torch.distributed.barrier()
-rank = int(os.environ["RANK"])
-if rank == {dead}:
-    os.kill(os.getpid(), 19)  # stopped: its connections stay open, as those of a machine that hangs
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("dead", [0, 2])
-def test_a_dead_rank_ends_the_others(dead: int, tmp_path: Path) -> None:
-    """Started one by one, as srun does it: nobody else would end them."""
-    script = tmp_path / "dying.py"
-    script.write_text(DYING.format(dead=dead))
-    port = panda("", ranks=2)[panda("", ranks=2).index("--master-port") + 1]
-    began = time.monotonic()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-        )
-        for rank in range(3)
-    ]
-    codes = [rank.wait(timeout=50) for i, rank in enumerate(ranks) if i != dead]
-    said = "".join(rank.stdout.read() for i, rank in enumerate(ranks) if i != dead and rank.stdout)
-    ranks[dead].kill()
-    ranks[dead].wait()
-    assert codes == [1, 1] and time.monotonic() - began < 50
-    assert f"rank {dead} has been silent" in said or "does not answer" in said
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu[03-05,9],cpu1", "gpu03"),
-        ("a,b", "a"),
-        ("n1", "n1"),
-        ("r[1-2]-x,y", "r1-x"),
-        ("r[1-2]n[3-4],z", "r1n3"),
-        ("", "127.0.0.1"),
-    ],
-)
-def test_first_host_of_slurm(nodes: str, first: str) -> None:
-    assert launch.first_host(nodes) == first
-
-
-def test_srun_environment(monkeypatch: Any) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that it is unset again after the test
-        monkeypatch.delenv(name)
-    slurm = {"PROCID": "3", "STEP_NUM_TASKS": "4", "LOCALID": "1", "STEP_NODELIST": "n[7-8]", "JOB_ID": "12"}
-    for key, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{key}", value)
-    launch.environment()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    assert [os.environ[name] for name in names] == ["3", "4", "1", "n7", "20012"]
 
 
 def test_advice_when_memory_runs_out() -> None:

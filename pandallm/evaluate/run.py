@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pandallm import files, log, prompt, tokenizer
+from pandallm import files, log, prompt, ranks, tokenizer
 from pandallm.config import UserError, read_text
 from pandallm.data.questions import letter
 from pandallm.data.shards import Shards
@@ -28,10 +28,12 @@ from pandallm.evaluate import report, runs, score, seen, unfinished, variants
 from pandallm.evaluate.tasks import TASKS
 from pandallm.evaluate.unfinished import Unfinished
 from pandallm.evaluate.variants import Asked
+from pandallm.evaluate.vllm import Vllm
 from pandallm.model import load as models
 from pandallm.model import trees
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BACKENDS = ("torch", "vllm")
 CHAT_FORMATS = ("none", "model", *prompt.TEMPLATES)
 # The files of a model folder that decide its answers.
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "tokenizer*", "special_tokens*", "*.jinja")
@@ -55,41 +57,42 @@ def run(
     shots: int = 0,
     permute: int = 1,
     training: Sequence[Path] = (),
+    backend: str = "torch",
 ) -> dict[str, Any]:
     """Evaluates a model and returns what it wrote to OUT/results.json.
 
-    `model`: folder, hub id or built-in name. `tasks`: see tasks.get. `limit`, `wordings`, `shots`, `permute`: see
-    variants.sets. `chat_format`: see score.use_format. `texts`: files for bits per character. `token_budget`: tokens of
-    a batch, padding counted (None: see Asking.budget). `precision`: fp32, bf16, or auto (bf16 where the device computes
-    in it). `training`: see seen.flags. Raises UserError for mistakes in these and if OUT is another run's.
+    `tasks`: see tasks.get. `limit`, `wordings`, `shots`, `permute`: see variants.sets. `chat_format`: see
+    score.use_format. `texts`: files for bits per character. `token_budget`: tokens of a batch, padding counted (None:
+    see Asking.budget). `precision`: fp32, bf16, or auto (bf16 where the device computes in it). `training`: see
+    seen.flags. `backend`: torch, or vllm (no texts). Raises UserError for mistakes in these, and if OUT is another's.
     """
-    _check(tasks, data, protocols, limit, out, chat_format, texts, token_budget, precision)
+    _check(tasks, protocols, limit, out, chat_format, texts, token_budget, precision, backend)
     sets = variants.sets(tasks, data, split, limit, wordings, shots, permute)
     documents = {path.name: read_documents(path) for path in texts}
     folder = models.resolve(model)
-    device, precision = _where(precision)
-    hashes = {name: part.data for name, part in sets.items()}
-    hashes |= {path.name: files.hash_file(path) for path in texts}
+    precision = _precision(precision)
+    hashes = {name: part.data for name, part in sets.items()} | {path.name: files.hash_file(path) for path in texts}
     how: dict[str, Any] = {"split": split, "shots": shots, "permute": permute}
     arguments = {
-        "model": _hash_model(folder),
+        "model": ranks.from_first(partial(_hash_model, folder)),
         "tasks": {name: part.task.version for name, part in sets.items()},
         "texts": list(documents),
         "data": hashes,
         "protocols": list(protocols),
         "chat_format": chat_format,
         "precision": precision,
+        "backend": backend,
         "limit": limit,
         "wordings": variants.wordings(wordings),
         "training": [Shards(folder).hash for folder in training],
     } | how
-    if (finished := _finished(out, arguments)) is not None:
+    if (finished := ranks.from_first(partial(_finished, out, arguments))) is not None:
         return finished
     started = time.monotonic()
     flagged = seen.flags([a.question for part in sets.values() for a in part.asked], training)
     words = tokenizer.load(folder)
     how["chat_format"] = score.use_format(words, chat_format)
-    asking = Asking(_load(folder, precision, device), words, how["chat_format"], token_budget)
+    asking = Asking(_load(folder, precision, backend), words, how["chat_format"], token_budget)
     kept = Unfinished(out, arguments)
     results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}, "arguments": arguments}
     rows: list[report.Row] = []
@@ -97,28 +100,35 @@ def run(
         results["tasks"][name] = _evaluate(asking, part, protocols, how, kept, rows, flagged)
     for name, found in documents.items():
         results["bits_per_character"][name] = {"data": hashes[name]} | asking.bits(name, found)
-    results |= {"precision": precision, "device": device, "seconds": round(time.monotonic() - started, 1)}
+    results |= {"precision": precision, "seconds": round(time.monotonic() - started, 1)}
     _write(out, results, rows)
     return results
 
 
-def _load(folder: Path, precision: str, device: str) -> PreTrainedModel:
-    models.keep_memory()
+def _load(folder: Path, precision: str, backend: str) -> PreTrainedModel | Vllm:
+    if backend == "vllm":
+        return Vllm(folder, precision)
+    device = ranks.device()
     network = models.load(folder, PRECISIONS[precision]).eval()
-    network.to(torch.device(device))
+    network.to(device)
     return network
 
 
-def _where(precision: str) -> tuple[str, str]:
-    """Device and precision to compute in."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if precision == "auto":
-        precision = "bf16" if models.inference_dtype(device) is torch.bfloat16 else "fp32"
-    return device, precision
+def _precision(asked: str) -> str:
+    """The one to compute in."""
+    if asked != "auto":
+        return asked
+    return "bf16" if models.inference_dtype(_device()) is torch.bfloat16 else "fp32"
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
-    results |= {"versions": log.versions(), "commit": log.commit()}
+    results |= {"device": _device(), "ranks": ranks.world(), "versions": log.versions(), "commit": log.commit()}
+    if log.rank() != 0:
+        return
     files.write_text(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     files.write_json(out / "results.json", results)
     unfinished.clear(out)
@@ -127,7 +137,6 @@ def _write(out: Path, results: dict[str, Any], rows: list[report.Row]) -> None:
 
 def _check(
     tasks: Sequence[str],
-    data: Path | None,
     protocols: Sequence[str],
     limit: int | None,
     out: Path,
@@ -135,22 +144,24 @@ def _check(
     texts: Sequence[Path],
     token_budget: int | None,
     precision: str,
+    backend: str,
 ) -> None:
     """Raises UserError for arguments that can't be meant."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("panda eval is one process: start it without a launcher of several")
     if not tasks and not texts:
         raise UserError(f"nothing to evaluate: name tasks ({', '.join(TASKS)}) or texts")
     for what, values, known in (
         ("protocol", protocols, score.PROTOCOLS),
         ("chat_format", [chat_format] if chat_format is not None else [], CHAT_FORMATS),
         ("precision", [precision], ("auto", *PRECISIONS)),
+        ("backend", [backend], BACKENDS),
     ):
         for value in values:
             if value not in known:
                 raise UserError(f"{what} '{value}': unknown; known: {', '.join(known)}")
     if tasks and not protocols:
         raise UserError(f"no protocol: name one of {', '.join(score.PROTOCOLS)}")
+    if texts and backend != "torch":
+        raise UserError("backend vllm answers questions; leave it out for bits per character of texts")
     names = [path.name for path in texts]
     for what, given in (("protocol", protocols), ("text file", names)):
         for value, times in Counter(given).items():
@@ -221,7 +232,7 @@ def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
 class Asking:
     """A model, and how it is asked."""
 
-    network: PreTrainedModel
+    network: PreTrainedModel | Vllm
     words: PreTrainedTokenizerBase
     chat_format: str
     token_budget: int | None
@@ -246,13 +257,14 @@ class Asking:
         """Bits per character of a file's texts."""
         progress = _progress(f"bits per character of {name}, windows")
         budget = self.budget("choice")
+        assert isinstance(self.network, PreTrainedModel)  # _check
         return score.bits_per_character(self.network, self.words, texts, token_budget=budget, progress=progress)
 
     def budget(self, protocol: str) -> int:
         """Tokens of a batch. A CPU reads few at once fastest, but writes many texts at once fastest."""
         if self.token_budget:
             return self.token_budget
-        if self.network.device.type != "cpu":
+        if _device() == "cuda":
             return 16_384
         return 4096 if protocol == "generate" else trees.IN_CACHE
 

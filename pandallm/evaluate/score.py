@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pandallm import prompt
+from pandallm import prompt, ranks
 from pandallm.config import UserError
 from pandallm.data.questions import letter
 from pandallm.evaluate import tasks
 from pandallm.evaluate.tasks import Question
+from pandallm.evaluate.vllm import Vllm
 from pandallm.model import generate as generation
 from pandallm.model import trees
 
@@ -154,7 +155,7 @@ def answer_lead(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> str:
 
 
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Vllm,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     prompts: Sequence[Prompt],
@@ -174,15 +175,11 @@ def generate(
         so_far = text(ids).rstrip(generation.REPLACEMENT) + "x"
         return tasks.parse_strict(so_far, len(questions[i].options)) is not None
 
-    written = generation.greedy_batch(
-        model,
-        [p.ids for p in prompts],
-        MAX_NEW_TOKENS,
-        generation.stop_ids(model, tokenizer),
-        token_budget,
-        progress,
-        decided,
-    )
+    ids, ends = [p.ids for p in prompts], generation.stop_ids(model.generation_config, tokenizer)
+    if isinstance(model, Vllm):
+        written = model.greedy(ids, MAX_NEW_TOKENS, ends)
+    else:
+        written = generation.greedy_batch(model, ids, MAX_NEW_TOKENS, ends, token_budget, progress, decided)
     answers = []
     for output, question in zip(map(text, written), questions, strict=True):
         n = len(question.options)
@@ -191,7 +188,7 @@ def generate(
 
 
 def choice(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Vllm,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     prompts: Sequence[Prompt],
@@ -209,7 +206,7 @@ def choice(
 
 
 def cloze(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Vllm,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     prompts: Sequence[Prompt],
@@ -235,7 +232,7 @@ def cloze(
 
 
 def _of_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Vllm,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     answers: Sequence[Sequence[str]],
@@ -259,7 +256,10 @@ def _of_answers(
             first = len(wanted[run])
             wanted[run] += [(len(shared) - 1 + k, token) for k, token in enumerate(tail)]
             places[-1].append((run, first, first + len(tail)))
-    scores = log_likelihoods(model, [list(ids) for ids in inputs], wanted, token_budget, progress)
+    if isinstance(model, Vllm):
+        scores = model.log_likelihoods(list(inputs), wanted)
+    else:
+        scores = log_likelihoods(model, list(inputs), wanted, token_budget, progress)
     return [tuple(math.fsum(scores[run][first:last]) for run, first, last in options) for options in places]
 
 
@@ -286,13 +286,14 @@ def log_likelihoods(
     """log p(token | input up to and with position), in nats, for the (position, token) pairs wanted of each input.
 
     Inputs that begin alike are run as a tree; trees in batches of at most `token_budget` tokens, padding counted.
-    Raises UserError on a result that is not a number.
+    Ranks share the batches. Raises UserError on a result that is not a number.
     B: trees of a batch, T: tokens of the largest, N: pairs, H: hidden size, V: vocabulary.
     """
-    results: list[list[float]] = [[] for _ in inputs]
     grown = trees.grow(inputs, trees.can_share(model, max(map(len, inputs), default=0)))
     done = 0
-    for batch in generation.batches([len(tree.ids) for tree in grown], token_budget):
+
+    def read(batch: list[int]) -> dict[int, list[float]]:
+        nonlocal done
         hidden = trees.run(model, [grown[i] for i in batch])  # [B, T, H]
         pairs = [  # row, place, token, input
             (row, path[position], token, number)
@@ -304,12 +305,16 @@ def log_likelihoods(
         values = _head(model, hidden[rows, places], tokens)
         if not all(map(math.isfinite, values)):
             raise UserError("the model's logits are not finite: its weights are damaged, or try precision fp32")
+        results: dict[int, list[float]] = {number: [] for i in batch for number in grown[i].paths}
         for (_, _, _, number), value in zip(pairs, values, strict=True):
             results[number].append(value)
-        done += sum(len(grown[i].paths) for i in batch)
+        done += len(results)
         if progress:
             progress(done, len(inputs))
-    return results
+        return results
+
+    found = ranks.share(generation.batches([len(tree.ids) for tree in grown], token_budget), read)
+    return [found[i] for i in range(len(inputs))]
 
 
 def _head(model: PreTrainedModel, hidden: torch.Tensor, tokens: torch.Tensor) -> list[float]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pandallm import prompt
+from pandallm import prompt, ranks
 from pandallm.config import UserError
 from pandallm.model import trees
 
@@ -17,9 +17,9 @@ KEPT = 0.75  # share of a batch's rows that are still being written, below which
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not (yet) a character
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_ids(own_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that end an answer: the tokenizer's eos, the model's own list, the end mark of the tokenizer's format."""
-    own = model.generation_config.eos_token_id if model.generation_config else None
+    own = own_config.eos_token_id if own_config else None
     listed: list[int] = own if isinstance(own, list) else [] if own is None else [own]
     template, vocabulary = str(tokenizer.chat_template or ""), tokenizer.get_vocab()
     marks = [vocabulary[mark] for mark in prompt.END_MARKS.values() if mark in template and mark in vocabulary]
@@ -58,34 +58,38 @@ def greedy_batch(
     Prompts that begin alike are read as one. `token_budget`: tokens of prompts and answers, padding counted, that a
     batch holds (its keys and values are kept). `progress` is called with the prompts done and their number. `enough`
     is asked, with a prompt's number and what was written, whether that is all that is wanted. Raises UserError if the
-    model's logits are not numbers.
+    model's logits are not numbers. Ranks share the batches.
     """
-    outputs: list[list[int]] = [[] for _ in prompts]
-    done = 0
     grown = trees.grow(prompts, trees.can_share(model, max(map(len, prompts), default=0)))
     lengths = [max(map(len, tree.paths.values())) + max_new_tokens for tree in grown]
-    for batch in batches(lengths, token_budget, [len(tree.paths) for tree in grown]):
-        done += _greedy(model, [grown[i] for i in batch], outputs, max_new_tokens, eos_ids, enough)
+    done = 0
+
+    def write(batch: list[int]) -> dict[int, list[int]]:
+        nonlocal done
+        outputs = _greedy(model, [grown[i] for i in batch], max_new_tokens, eos_ids, enough)
+        done += len(outputs)
         if progress:
             progress(done, len(prompts))
-    return outputs
+        return outputs
+
+    found = ranks.share(batches(lengths, token_budget, [len(tree.paths) for tree in grown]), write)
+    return [found[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
 def _greedy(
     model: PreTrainedModel,
     grown: list[trees.Tree],
-    outputs: list[list[int]],
     max_new_tokens: int,
     eos_ids: Set[int],
     enough: Callable[[int, list[int]], bool] | None,
-) -> int:
-    """One batch of `greedy_batch`: appends to `outputs`, returns the number of its prompts.
+) -> dict[int, list[int]]:
+    """One batch of `greedy_batch`: a prompt's number -> what is written.
 
     N: prompts, B: rows held, S: the longest prompt and the tokens generated so far, H: hidden size.
     """
     rows = [number for tree in grown for number in tree.paths]  # the prompt of each row
-    count = len(rows)
+    outputs: dict[int, list[int]] = {number: [] for number in rows}
     paths = [path for tree in grown for path in tree.paths.values()]
     width = max(map(len, paths))
     cache, last = _read(model, grown, width)
@@ -120,7 +124,7 @@ def _greedy(
             logits_to_keep=1,
         )
         logits = output.logits[:, -1]
-    return count
+    return outputs
 
 
 def _read(model: PreTrainedModel, grown: list[trees.Tree], width: int) -> tuple[DynamicCache, torch.Tensor]:

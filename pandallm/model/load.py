@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +19,6 @@ if not torch.cuda.is_available():
         "DS_ACCELERATOR", "cpu"
     )  # Transformers loads deepspeed where it is installed, which would ask
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model_type of configurations that the tests cover
 
 
@@ -47,14 +44,6 @@ def load(folder: Path, dtype: torch.dtype, attention: str = "sdpa", trust_remote
     except (OSError, ValueError, RuntimeError) as e:
         raise UserError(f"{folder}: the model does not load: {str(e).strip().splitlines()[0]}") from None
     return model
-
-
-def keep_memory() -> None:
-    """Where tensors come from glibc's heap, makes it keep what a batch's end frees: the next one wants it again,
-    and having it from the system anew took 7 % of a training step. Other C libraries have their own ways."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # a large tensor still goes back at once
 
 
 def inference_dtype(device: str) -> torch.dtype:

@@ -28,7 +28,7 @@ class Talk:
         system: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.stop = generate.stop_ids(model, tokenizer)
+        self.stop = generate.stop_ids(model.generation_config, tokenizer)
         self.opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self.turns: list[Message] = []
 

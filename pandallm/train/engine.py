@@ -18,7 +18,7 @@ from torch import nn
 from pandallm.config import UserError
 from pandallm.data.loader import Batch
 from pandallm.model.checkpoint import Pieces, Tensors
-from pandallm.train.launch import Heartbeat
+from pandallm.ranks import Heartbeat
 from pandallm.train.objectives import CausalLM
 from pandallm.train.settings import TrainConfig
 

@@ -81,7 +81,7 @@ class Measure:
         ids = [prompt.render_prompt(tok, [{"role": "user", "content": text}]) for text in self.conf.prompts]
         starts = [len(row) for row in ids]
         going = set(range(len(ids)))
-        ends_answer = stop_ids(self.engine.module.model, tok)
+        ends_answer = stop_ids(self.engine.module.model.generation_config, tok)
         for _ in range(self.conf.max_new_tokens):
             hidden = self.engine.module.hidden(_reading(ids).to(self.engine.device))  # [1, T, D]
             ends = torch.tensor([len(row) for row in ids], device=self.engine.device).cumsum(0) - 1

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pandallm import config, files, log, prompt
+from pandallm import config, files, log, prompt, ranks
 from pandallm import tokenizer as tokenizers
 from pandallm.config import UserError
 from pandallm.data.loader import Loader
 from pandallm.data.shards import Shards
 from pandallm.model import attention, checkpoint, load
-from pandallm.train import faults, launch, loop, selftest, trackers
+from pandallm.train import faults, loop, selftest, trackers
 from pandallm.train.between import BY_SIGNAL, Between
 from pandallm.train.engine import DTYPES, ENGINES, Engine, start
 from pandallm.train.heldout import Measure
@@ -27,7 +27,7 @@ from pandallm.train.settings import FREE_TO_CHANGE, TrainConfig
 
 def run(path: str, overrides: list[str]) -> dict[str, Any]:
     """Trains as a config says; returns the run's record (run.json). SystemExit after a signal, once all is saved."""
-    launch.environment()
+    ranks.environment()
     conf = config.load(TrainConfig, path, overrides)
     out, shards = Path(conf.out), Shards(conf.data)
     base = load.resolve(conf.model) if conf.model else None
@@ -36,8 +36,8 @@ def run(path: str, overrides: list[str]) -> dict[str, Any]:
     if record and record.get("finished"):
         log.say(f"{out}: trained already: {record['steps']} steps, loss {record['loss']:.4f}")
         return record
-    device = launch.device()
-    launch.check_precision(conf.precision, device)
+    device = ranks.device()
+    ranks.check_precision(conf.precision, device)
     start(conf.engine, device)
     resumed = checkpoint.newest(out)
     model, tokenizer = _model(conf, shards, base, resumed)

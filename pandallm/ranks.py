@@ -1,21 +1,31 @@
-"""How a rank comes to know its place: torchrun, the deepspeed launcher and srun alike; and what its device can't do."""
+"""Ranks: how one comes to know its place (torchrun, the deepspeed launcher and srun alike) and its device, how work
+without gradients is shared out among them, and how one ends when another dies."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+from torch import distributed
 
 from pandallm import log
 from pandallm.config import UserError
-from pandallm.model import load
 
 BEAT = 3.0  # seconds between two signs of life of a rank
 SILENCE = 20.0  # seconds without one after which a rank counts as dead
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 
 def environment() -> None:
@@ -38,7 +48,7 @@ def first_host(nodes: str) -> str:
 def device() -> torch.device:
     """This rank's device. UserError where a node has fewer GPUs than ranks."""
     if not torch.cuda.is_available():
-        load.keep_memory()
+        _keep_memory()
         return torch.device("cpu")
     number = int(os.environ.get("LOCAL_RANK", "0"))
     if number >= torch.cuda.device_count():
@@ -46,6 +56,14 @@ def device() -> torch.device:
     found = torch.device("cuda", number)
     torch.cuda.set_device(found)
     return found
+
+
+def _keep_memory() -> None:
+    """Where tensors come from glibc's heap, makes it keep what a batch's end frees: the next one wants it again,
+    and having it from the system anew took 7 % of a training step. Other C libraries have their own ways."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # a large tensor still goes back at once
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -70,10 +88,10 @@ class Heartbeat:
     """
 
     def __init__(self) -> None:
-        self.rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.rank, ranks = distributed.get_rank(), distributed.get_world_size()
         self._watched = range(1, ranks) if self.rank == 0 else range(1)
-        store: Any = torch.distributed.distributed_c10d._get_default_store()
-        self._store = torch.distributed.PrefixStore("panda_heartbeat", store.clone())  # a connection of its own
+        store: Any = distributed.distributed_c10d._get_default_store()
+        self._store = distributed.PrefixStore("panda_heartbeat", store.clone())  # a connection of its own
         self._over = threading.Event()
         self._answered = time.monotonic()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]
@@ -112,3 +130,64 @@ class Heartbeat:
         self._over.set()
         for thread in self._threads:
             thread.join()
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """Inside it, `share` and `from_first` are over all ranks that a launcher has started; without one, over this."""
+    environment()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    distributed.init_process_group("gloo")  # results go between them, no tensors of a GPU
+    heart = Heartbeat()
+    try:
+        yield
+    except BaseException:
+        heart.close()
+        raise
+    heart.close()
+    distributed.barrier()  # rank 0 may hold the store: it leaves when all hearts have stopped
+    distributed.destroy_process_group()
+
+
+def world() -> int:
+    """How many ranks share the work."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def share(batches: Sequence[Batch], work: Callable[[Batch], dict[int, Result]]) -> dict[int, Result]:
+    """What `work` makes of all batches, on every rank: the ranks take the batches in turn.
+
+    The batches are the same however many ranks there are, and so is what is made of them. A UserError of one is
+    raised by all.
+    """
+    if world() == 1:
+        return {key: value for batch in batches for key, value in work(batch).items()}
+    mine: dict[int, Result] | UserError = {}
+    try:
+        mine = {k: v for batch in batches[distributed.get_rank() :: world()] for k, v in work(batch).items()}
+    except UserError as e:
+        mine = e
+    parts: list[Any] = [None] * world()
+    distributed.all_gather_object(parts, mine)
+    for part in parts:
+        if isinstance(part, UserError):
+            raise part
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """What rank 0 makes, on every rank; so with a UserError."""
+    if world() == 1:
+        return make()
+    made: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            made = [make()]
+        except UserError as e:
+            made = [e]
+    distributed.broadcast_object_list(made, 0)
+    if isinstance(made[0], UserError):
+        raise made[0]
+    return made[0]
