@@ -237,10 +237,10 @@ def test_gaokao(tmp_path: Path) -> None:
 
     good = entry("1．（6分）下列 A．B 两项中，正确的是（　　） \nA．甲   \nB．乙  C．丙\n D．丁 \n", "C")
     table_ = entry("如表\nA 检测\nB 观察\nA．A B．B C．C D．D\n", "B")
-    group = entry("1．甲 A．一 B．二 C．三 D．四 2．乙 A．一 B．二 C．三 D．四", "A", "B")
+    several = entry("1．甲 A．一 B．二 C．三 D．四", "AB")
     three = entry("A．一 B．二 C．三", "A")
     files.write_json(
-        tmp_path / "Data/Objective_Questions/2010-2022_Biology_MCQs.json", {"example": [good, table_, group, three]}
+        tmp_path / "Data/Objective_Questions/2010-2022_Biology_MCQs.json", {"example": [good, table_, several, three]}
     )
     renamed = {"standard_answer" if k == "answer" else k: v for k, v in good.items()}
     files.write_json(tmp_path / "Data/Objective_Questions/2010-2022_Math_I_MCQs.json", {"example": [renamed]})

@@ -21,7 +21,7 @@ from pandallm.config import UserError, read_text
 from pandallm.data.questions import letter
 
 SEVERAL, NO_ANSWER, NO_OPTIONS = "several answers", "no answer", "options not found"
-EMPTY_OPTION = "an empty option"
+EMPTY_OPTION, PICTURE, GROUP = "an empty option", "needs a picture", "in a group that can't be split"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def table(task: str, subject: str, path: Path, question: str, answer: str) -> It
 
 
 def agieval(task: str, subject: str, path: Path) -> Iterator[Item]:
-    """AGIEval: JSON lines of {passage, question, options, label}; options begin "(A)", a label is "A" or ["A", …]."""
+    """AGIEval: JSON lines of {passage, question, options, label}; options are marked, a label is "A" or ["A", …]."""
     for number, where, entry in _json_lines(path):
         passage, text, options, label = _values(entry, ("passage", "question", "options", "label"), where)
         labels = label if isinstance(label, list) else list(label) if isinstance(label, str) else []
@@ -114,13 +114,20 @@ def agieval(task: str, subject: str, path: Path) -> Iterator[Item]:
         elif not isinstance(options, list) or len(options) < 2:
             yield NO_OPTIONS  # or all of them in one text
         else:
-            bare = [_without_mark(option, i) for i, option in enumerate(options)]
             gold = _index_of(labels[0], [letter(i) for i in range(len(options))], where)
-            yield _question(task, subject, f"{subject}/{number}", passage or "", text, bare, gold, where)
+            asked = text.strip() if isinstance(text, str) else text
+            bare = _without_marks(options)
+            yield _question(task, subject, f"{subject}/{number}", passage or "", asked, bare, gold, where)
 
 
-def _without_mark(option: Any, index: int) -> Any:
-    return option.removeprefix(f"({letter(index)})").strip() if isinstance(option, str) else option
+def _without_marks(options: list[Any]) -> list[Any]:
+    """Options without the letters that they begin with: "(A)", and in LogiQA's file "A．", "A:" or "A " too."""
+    if not all(isinstance(option, str) for option in options):
+        return options
+    named = [(letter(i), option.strip()) for i, option in enumerate(options)]
+    blank = all(option.startswith(f"{name} ") for name, option in named)  # of one alone it may be a word
+    marks = [rf"\({name}\)|{name}[．.、：:]" + (f"|{name} " if blank else "") for name, _ in named]
+    return [re.sub(f"^(?:{mark})", "", option).strip() for mark, (_, option) in zip(marks, named, strict=True)]
 
 
 _MARK = re.compile(r"(?<![A-Za-z])([A-D])\s*[．.、：:]\s*")
@@ -129,7 +136,8 @@ _MARK = re.compile(r"(?<![A-Za-z])([A-D])\s*[．.、：:]\s*")
 def gaokao(task: str, subject: str, path: Path) -> Iterator[Item]:
     """GAOKAO-Bench: {"example": [{question, answer, …}, …]}; the options stand at the question's end, marked "A．".
 
-    Left out: questions in groups, with several answers, and those whose end isn't four marked options in order.
+    A group of questions on one text has an answer each. Left out: questions with several answers or a picture, and
+    those whose end isn't four marked options in order.
     """
     records = _json(path)
     entries = records.get("example") if isinstance(records, dict) else None
@@ -141,17 +149,62 @@ def gaokao(task: str, subject: str, path: Path) -> Iterator[Item]:
         text, labels = _values(entry, ("question", answers), where)
         if not (isinstance(text, str) and isinstance(labels, list) and all(isinstance(x, str) for x in labels)):
             raise UserError(f"{where}: a text under 'question' and a list of letters under '{answers}' are wanted")
-        marks = list(_MARK.finditer(text))
-        if len("".join(labels)) != 1:
-            yield SEVERAL if labels else NO_ANSWER
-        elif [mark[1] for mark in marks[-4:]] != list("ABCD"):
-            yield NO_OPTIONS
+        parts = _parts(text, len(labels))
+        if not any(labels):
+            yield NO_ANSWER
+        elif "![](" in text:
+            yield PICTURE
+        elif not parts:
+            yield from [GROUP] * len(labels) if len(labels) > 1 else [NO_OPTIONS]
         else:
-            ends = [mark.start() for mark in marks[-3:]] + [len(text)]
-            options = [text[mark.end() : end].strip() for mark, end in zip(marks[-4:], ends, strict=True)]
-            gold = _index_of(labels[0], list("ABCD"), where)
-            asked = text[: marks[-4].start()].strip()
-            yield _question(task, subject, f"{subject}/{number}", "", asked, options, gold, where)
+            for k, (label, (context, asked, options)) in enumerate(zip(labels, parts, strict=True)):
+                if len(label) != 1:
+                    yield SEVERAL
+                    continue
+                key = f"{subject}/{number}" + (f"-{k + 1}" if len(parts) > 1 else "")
+                gold = _index_of(label, list("ABCD"), where)
+                yield _question(task, subject, key, context, asked, options, gold, where)
+
+
+# The number of a question in a group: "1．", "17. ", "（2）", and "1．2010～2020 年"; not of a decimal.
+_NUMBER = re.compile(r"(?<![\d.．])(\d{1,2})\s*[．.](?=2\d{3}|\D)|（(\d)）")
+
+
+def _parts(text: str, count: int) -> list[tuple[str, str, list[str]]]:
+    """Context, question and options of each of `count` questions; nothing where they can't be told apart for certain.
+
+    One question ends in four marked options; those of a group are numbered one after another, and hold no other marks.
+    """
+    marks = list(_MARK.finditer(text))
+    if count == 1:
+        marks = marks[-4:]
+    if not count or [mark[1] for mark in marks] != list("ABCD") * count:
+        return []
+    starts = [(0, 0)] if count == 1 else _numbers(text, [mark.span() for mark in marks], count)
+    if not starts:
+        return []
+    ends = [start for start, _ in starts[1:]] + [len(text)]
+    parts = []
+    for k, ((_, begin), end) in enumerate(zip(starts, ends, strict=True)):
+        four = marks[4 * k : 4 * k + 4]
+        stops = [mark.start() for mark in four[1:]] + [end]
+        options = [text[mark.end() : stop].strip() for mark, stop in zip(four, stops, strict=True)]
+        parts.append((text[: starts[0][0]].strip(), text[begin : four[0].start()].strip(), options))
+    return parts
+
+
+def _numbers(text: str, marks: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Where a group's numbers stand: the last one before the first options, then each the next; all or nothing."""
+    starts: list[tuple[int, int]] = []
+    before: int | None = None
+    for k in range(count):
+        found = list(_NUMBER.finditer(text, marks[4 * k - 1][1] if k else 0, marks[4 * k][0]))
+        numbered = [n for n in found if before is None or int(n[1] or n[2]) == before + 1]
+        if not numbered:
+            return []
+        before = int(numbered[-1][1] or numbered[-1][2])
+        starts.append(numbered[-1].span())
+    return starts
 
 
 @dataclass(frozen=True)

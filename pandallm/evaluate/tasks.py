@@ -304,7 +304,7 @@ TASKS: dict[str, Task] = {
     "agieval": Task(
         ("agieval/*.jsonl", "data/v1_1/*.jsonl", "data/v1/*.jsonl", "*.jsonl"),
         layouts.agieval,
-        1,
+        2,
         "https://github.com/ruixiangcui/AGIEval (each set has its own licence; JEC-QA: https://jecqa.thunlp.org)",
         splits=("test",),
         examples="",
@@ -314,7 +314,7 @@ TASKS: dict[str, Task] = {
     "gaokao": Task(
         ("gaokao/20*_MCQs.json", "Data/Objective_Questions/20*_MCQs.json", "20*_MCQs.json"),
         layouts.gaokao,
-        1,
+        2,
         "https://github.com/OpenLMLab/GAOKAO-Bench (Apache-2.0)",
         splits=("test",),
         examples="",
