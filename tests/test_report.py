@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
@@ -15,11 +16,11 @@ import pytest
 from test_statistics import row
 from typer.testing import CliRunner
 
-from pandallm import cli, files
+from pandallm import cli, files, tokenizer
 from pandallm.config import UserError
-from pandallm.evaluate import charts, checkpoints, page, publish, report, runs, score, statistics, tasks
+from pandallm.evaluate import charts, checkpoints, page, publish, report, runs, score, statistics
 from pandallm.evaluate import run as evaluation
-from pandallm.model import load
+from pandallm.model import generate, load
 
 # --- a scripted oracle, through the whole path -----------------------------------------------------------------------
 
@@ -48,23 +49,31 @@ Script = Callable[[int], str]  # number of a question -> what the model writes
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
-    """Models that write what the script says; all else is the real path."""
+    """A model that writes what the script says, and finds it the likeliest; all else is the real path."""
+    words = tokenizer.load(load.resolve("tiny"))
 
-    def generate(model: Any, words: Any, questions: Sequence[tasks.Question], *_: Any, **__: Any) -> Any:
-        outputs = [script(int(q.id.removeprefix("q").removesuffix("-0"))) for q in questions]
-        return [score.Answer(o, tasks.parse_letter(o, len(q.options))) for o, q in zip(outputs, questions, strict=True)]
+    def said(ids: Sequence[int]) -> str:
+        asked = re.search(r"第(\d+)题", words.decode(ids))
+        assert asked
+        return script(int(asked[1]))
 
-    def choice(model: Any, words: Any, questions: Sequence[tasks.Question], *_: Any, **__: Any) -> Any:
-        answers = []
-        for q in questions:
-            letter = script(int(q.id.removeprefix("q").removesuffix("-0")))
-            sums = [-1.0 if LETTERS[k] == letter else -2.0 for k in range(len(q.options))]
-            pred = sums.index(max(sums))
-            answers.append(score.Answer(LETTERS[pred], pred, tuple(sums)))
-        return answers
+    def greedy_batch(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, *_: Any) -> list[list[int]]:
+        written = [words(said(ids), add_special_tokens=False)["input_ids"] for ids in prompts]
+        assert max(map(len, written)) <= max_new_tokens
+        return written
 
-    monkeypatch.setattr(score, "generate", generate)
-    monkeypatch.setattr(score, "choice", choice)
+    def likely(ids: Sequence[int], position: int, token: int) -> float:
+        """Decided by an answer's last token: its letter, or its option's number."""
+        if position < len(ids) - 1:
+            return 0.0
+        name = words.decode([token])[-1]
+        return -1.0 if (LETTERS[int(name)] if name.isdigit() else name) == said(ids) else -2.0
+
+    def log_likelihoods(model: Any, inputs: Sequence[list[int]], wanted: Any, *_: Any) -> list[list[float]]:
+        return [[likely(ids, *pair) for pair in pairs] for ids, pairs in zip(inputs, wanted, strict=True)]
+
+    monkeypatch.setattr(generate, "greedy_batch", greedy_batch)
+    monkeypatch.setattr(score, "log_likelihoods", log_likelihoods)
 
 
 def evaluate(planted: Path, out: Path, protocols: Sequence[str] = ("generate",), **changes: Any) -> dict[str, Any]:
@@ -89,9 +98,10 @@ def test_oracle_right_with_probability_p(
 ) -> None:
     script = right_with(p, 11)
     scripted(monkeypatch, script)
-    entry = evaluate(planted, tmp_path / "out", ("generate", "choice"))
+    entry = evaluate(planted, tmp_path / "out", score.PROTOCOLS)
     right = sum(script(i) == LETTERS[gold_of(i)] for i in range(N))
-    for figures in (entry, entry["protocols"]["choice"]):
+    assert entry["accuracy_strict"] == entry["accuracy"] == entry["protocols"]["cloze"]["accuracy_norm"]
+    for figures in (entry, *entry["protocols"].values()):
         assert figures["n"] == N and figures["accuracy"] == pytest.approx(right / N) and figures["no_letter"] == 0
         low, high = figures["ci95"]
         assert low <= p <= high  # of this seed; 95 of 100 would do
@@ -149,6 +159,7 @@ def test_verbose_oracle(planted: Path, tmp_path: Path, monkeypatch: pytest.Monke
     # "Answer" begins with an A, which is then the answer.
     right = sum(i // 12 % 3 != 2 or gold_of(i) == 0 for i in range(N))
     assert entry["accuracy"] == pytest.approx(right / N) and entry["no_letter"] == 0
+    assert entry["accuracy_strict"] == 1.0 and entry["no_letter_strict"] == 0
 
 
 def test_oracles_compared(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

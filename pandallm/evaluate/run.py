@@ -93,7 +93,7 @@ def run(
     words = tokenizer.load(folder)
     how["chat_format"] = score.use_format(words, chat_format)
     asking = Asking(_load(folder, precision, backend), words, how["chat_format"], token_budget)
-    kept = Unfinished(out, arguments)
+    kept = Unfinished(out, arguments | {"commit": log.commit(), "versions": log.versions()})
     results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}, "arguments": arguments}
     rows: list[report.Row] = []
     for name, part in sets.items():
