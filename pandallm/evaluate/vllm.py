@@ -27,6 +27,7 @@ class Vllm:
     def __init__(self, folder: Path, precision: str) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("backend vllm starts its own processes: start panda eval without a launcher of several")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # what is printed is the result
         try:
             import vllm  # type: ignore[import-not-found]
         except ImportError:
