@@ -1,7 +1,8 @@
-"""Shared by all tests: a cache of their own, the tiny model, small shards, and the folder of real test data."""
+"""Shared by tests: a cache of their own, the tiny model, small corpora and shards, and the folder of real test data."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ def real_data() -> Path:
 
 
 WriteYaml = Callable[..., Path]
+Prepare = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -46,6 +48,51 @@ def write_yaml(tmp_path: Path) -> WriteYaml:
         return path
 
     return write
+
+
+@pytest.fixture
+def run(tmp_path: Path, write_yaml: WriteYaml) -> Prepare:
+    """run(sources, out="shards", **keys) -> manifest of the shards made at tmp_path/out."""
+    from pandallm.data import prepare
+
+    def run_(sources: list[dict[str, Any]], out: str = "shards", **keys: Any) -> dict[str, Any]:
+        keys = {"tokenizer": "tiny", "seq_len": 64, "workers": 1, "out": str(tmp_path / out), **keys}
+        return prepare.run(str(write_yaml(f"{out}.yaml", sources=sources, **keys)), [])
+
+    return run_
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """corpus(name, records, **keys) -> a source of these records as JSON lines."""
+
+    def make(name: str, records: list[Any], **keys: Any) -> dict[str, Any]:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        return {"name": name, "path": str(path), **keys}
+
+    return make
+
+
+@pytest.fixture
+def of(tmp_path: Path) -> Any:
+    """of(content, layout, limit) -> the records of a file with this content; a name without a suffix."""
+    from pandallm.data import read
+    from pandallm.data.read import Bad, Record
+
+    def of_(content: str | bytes, layout: str = "auto", limit: int = 1 << 40) -> list[Record | Bad]:
+        path = tmp_path / "corpus"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        found, before = [], 0
+        for span in read.spans_of(path, layout, limit):
+            for item in read.records(span, layout):
+                moved = {**vars(item), "line": item.line + before}
+                found.append(Record(**moved) if isinstance(item, Record) else Bad(**moved))
+            before += read.lines_in(span) if span.part else 0
+        assert all(item.cause in read.CAUSES and "\n" not in item.detail for item in found if isinstance(item, Bad))
+        return found
+
+    return of_
 
 
 @pytest.fixture(scope="session")
