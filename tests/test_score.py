@@ -177,10 +177,11 @@ def test_real_questions_one_by_one(real_data: Path) -> None:
     expected = []
     for question, asked in zip(questions, prompts, strict=True):
         wholes = [words(f"{asked.text} {'ABCD'[i]}")["input_ids"] for i in range(len(question.options))]
-        assert all(whole[:-1] == wholes[0][:-1] for whole in wholes)
-        own = len(asked.ids)
-        pairs = [[(i - 1, whole[i]) for i in range(own, len(whole))] for whole in wholes]
-        expected.append([sum(one_by_one(model, [w], [p])[0]) for w, p in zip(wholes, pairs, strict=True)])
+        before = wholes[0][:-1]
+        assert all(whole[:-1] == before for whole in wholes)
+        pairs = [(i - 1, before[i]) for i in range(len(asked.ids), len(before))]
+        values = one_by_one(model, [before], [pairs + [(len(before) - 1, whole[-1]) for whole in wholes]])[0]
+        expected.append([sum(values[: len(pairs)]) + value for value in values[len(pairs) :]])
     worst = 0.0
     for budget in (1024, 2048, 8192, 65536):
         answers = score.choice(model, words, questions, prompts, "none", budget)
