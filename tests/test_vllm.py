@@ -41,9 +41,12 @@ def same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], tolerance: fl
 class StandIn:
     """vllm.LLM, as far as it is asked here: one request after another, by Transformers."""
 
+    window = 1 << 20
+
     def __init__(self, model: str, dtype: str, tensor_parallel_size: int, **_: Any) -> None:
         assert dtype == "float32" and tensor_parallel_size == 1
         self.model = load.load(Path(model), torch.float32).eval()
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=self.window))
 
     def generate(self, requests: list[dict[str, Any]], parameters: list[SimpleNamespace]) -> list[Any]:
         return [self.one(r["prompt_token_ids"], p) for r, p in zip(requests, parameters, strict=True)]
@@ -68,6 +71,8 @@ def test_answers_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     stand_in = SimpleNamespace(LLM=StandIn, SamplingParams=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
     same(evaluate(tmp_path / "ours"), evaluate(tmp_path / "theirs", backend="vllm"), 1e-4)
+    monkeypatch.setattr(StandIn, "window", 400)  # of tokens: what fits into its memory
+    assert any(line["truncated"] for line in evaluate(tmp_path / "narrow", backend="vllm"))
     with pytest.raises(UserError, match="another backend \\(torch, now vllm\\)"):
         evaluate(tmp_path / "ours", backend="vllm")
 

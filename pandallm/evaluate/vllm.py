@@ -40,9 +40,12 @@ class Vllm:
             model=str(folder),
             dtype=DTYPES[precision],
             tensor_parallel_size=max(1, torch.cuda.device_count()),
+            max_model_len=-1,  # what fits into memory
             enable_prefix_caching=True,
             seed=0,
         )
+        window = int(self._engine.llm_engine.model_config.max_model_len)
+        self.config.max_position_embeddings = min(window, int(self.config.max_position_embeddings))
 
     def _ask(self, prompts: Sequence[Sequence[int]], parameters: Sequence[dict[str, Any]]) -> list[Any]:
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
