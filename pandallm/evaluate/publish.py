@@ -214,18 +214,19 @@ def _steps(found: list[Run], keys: list[Key], out: Path) -> Section:
 
 
 def _comparison(found: list[Run]) -> Section:
-    """Every run against the first; of a run's checkpoints only the last."""
+    """Every run against the first that has a task and a protocol of its; of a run's checkpoints only the last."""
     blocks: list[str | Cells | Path] = []
     last = {run.series: run for run in found if run.series}
-    for run in found[1:]:
-        if run.series and last[run.series] is not run:
+    for i, run in enumerate(found):
+        first = next((other for other in found[:i] if other.entries.keys() & run.entries.keys()), None)
+        if first is None or (run.series and last[run.series] is not run):
             continue
         try:
-            figures = runs.compare(found[0].folder, run.folder)
+            figures = runs.compare(first.folder, run.folder)
         except UserError as e:
-            blocks.append(f"{run.label} can't be compared with {found[0].label}: {e}")
+            blocks.append(f"{run.label} can't be compared with {first.label}: {e}")
             continue
-        blocks += [f"A: {found[0].label}; B: {run.label}.", report.comparison_cells(figures)]
+        blocks += [f"A: {first.label}; B: {run.label}.", report.comparison_cells(figures)]
         blocks += report.verdicts(figures)
     return "Compared with the first", blocks
 
