@@ -38,7 +38,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 
 def _print(result: dict[str, Any], as_json: bool, line: str = "") -> None:
-    if as_json or line:
+    """A command's result, once: of several ranks the first one prints it."""
+    from pandallm import log
+
+    if log.rank() == 0 and (as_json or line):
         print(json.dumps(result, ensure_ascii=False) if as_json else line)
 
 
@@ -213,7 +216,7 @@ def evaluate(
         raise UserError("--model is needed (a folder, hub id or built-in name), or --checkpoints, and not both")
     if checkpoints and out == Path():
         raise UserError("out: name the folder for the checkpoints' results")
-    from pandallm import log, ranks
+    from pandallm import ranks
     from pandallm.evaluate import run as module
     from pandallm.evaluate.checkpoints import models_of
 
@@ -239,8 +242,7 @@ def evaluate(
             )
             for name, folder in (models_of(checkpoints) if checkpoints else {"": model}).items()
         }
-    if log.rank() == 0:
-        _print(results if checkpoints else results[""], as_json)
+    _print(results if checkpoints else results[""], as_json)
 
 
 @eval_app.command(epilog="Example: panda eval compare runs/eval/base runs/eval/tuned")

@@ -107,7 +107,7 @@ def run(
 
 def _load(folder: Path, precision: str, backend: str) -> PreTrainedModel | Vllm:
     if backend == "vllm":
-        return Vllm(folder, precision)
+        return Vllm(folder, PRECISIONS[precision])
     device = ranks.device()
     network = models.load(folder, PRECISIONS[precision]).eval()
     network.to(device)
@@ -339,6 +339,7 @@ def _progress(label: str) -> score.Progress:
         nonlocal last
         if time.monotonic() - last >= SAY_EVERY:
             last = time.monotonic()
-            log.say(f"{label}: {done} of {total}")
+            all_done = min(done * ranks.world(), total)  # `done` is this rank's: they keep pace
+            log.say(f"{label}: {all_done} of {total}")
 
     return say

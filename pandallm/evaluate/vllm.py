@@ -18,13 +18,11 @@ from transformers import GenerationConfig
 from pandallm.config import UserError
 from pandallm.model.load import read_config
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-
 
 class Vllm:
     """A model that vLLM runs, on all GPUs that this process sees. UserError: no vLLM here, or several ranks."""
 
-    def __init__(self, folder: Path, precision: str) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("backend vllm starts its own processes: start panda eval without a launcher of several")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # what is printed is the result
@@ -38,7 +36,7 @@ class Vllm:
         self._vllm: Any = vllm
         self._engine = vllm.LLM(
             model=str(folder),
-            dtype=DTYPES[precision],
+            dtype=str(dtype).removeprefix("torch."),
             tensor_parallel_size=max(1, torch.cuda.device_count()),
             max_model_len=-1,  # what fits into memory
             enable_prefix_caching=True,
