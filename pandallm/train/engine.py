@@ -336,6 +336,9 @@ def start(name: str, device: torch.device) -> None:
         import deepspeed
     except ImportError:
         raise UserError("engine: deepspeed is not installed: pip install 'pandallm[deepspeed]'") from None
+    from pandallm.train import builds  # not at the top: it needs a Unix
+
+    builds.end_with_their_process()
     if "RANK" not in os.environ:  # started as a plain command: a group of one
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
