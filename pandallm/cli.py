@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+OWN_MISTAKE = 3.0  # seconds after which a rank other than the first tells what went wrong, if it is there still
 
 app = typer.Typer(
     help="Take a LLaMA-family language model to Chinese and ship it.",
@@ -324,7 +328,13 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        print(f"panda: {e}", file=sys.stderr)
+        from pandallm import log
+
+        if log.rank():
+            # Mostly rank 0 says the same, and its end has the launcher end this one before it repeats it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(OWN_MISTAKE)
+        print(f"panda: {f'rank {log.rank()}: ' if log.rank() else ''}{e}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -72,6 +72,33 @@ def test_share(tmp_path: Path) -> None:
         assert ranks.world() == 1 and ranks.share([1, 2], lambda n: {n: n}) == {1: 1, 2: 2}
 
 
+def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+    """All ranks read the same wrong line; where one alone is wrong, that one tells."""
+    conf = tmp_path / "bad.yaml"
+    conf.write_text("max_stepz: 3\n")
+    done = subprocess.run(panda("train", str(conf), ranks=2), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("max_stepz") == 1 and "panda: rank" not in done.stderr
+    (tmp_path / "alone.py").write_text(ALONE)
+    launcher = panda("", ranks=2)
+    launcher = launcher[: launcher.index("pandallm.cli") - 1]
+    done = subprocess.run([*launcher, str(tmp_path / "alone.py"), "chat", "tiny"], capture_output=True, text=True)
+    assert done.returncode == 1 and "panda: rank 1: no such disk" in done.stderr and "rank 0:" not in done.stderr
+
+
+# `panda` whose rank 1 lacks something that rank 0 has, which goes on.
+ALONE = """
+import os, time
+from pandallm import cli
+from pandallm.config import UserError
+def app():
+    if os.environ["RANK"] == "1":
+        raise UserError("no such disk")
+    time.sleep(60)
+cli.app = app
+cli.main()
+"""
+
+
 DYING = """
 import os, sys, time
 import torch

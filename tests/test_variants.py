@@ -192,7 +192,7 @@ def test_a_run_over_subjects_tells_what_it_left_out(tmp_path: Path, capsys: pyte
     assert entry["subjects"] == {row["subject"]: float(row["correct"]) for row in rows}
     assert entry["subjects_mean"] == entry["accuracy"] and entry["left_out"] == {"an empty option": 1}
     said = capsys.readouterr().err
-    assert "1 questions left out: 1 an empty option" in said and "1 questions have the right option twice" in said
+    assert "questions left out, 1 in all: 1 an empty option" in said and "the right option twice: 1;" in said
     with pytest.raises(UserError, match="subject law has no examples"):
         evaluate(tmp_path / "two", tasks=["cmmlu"], data=tmp_path / "d", split="test", shots=1)
     text(tmp_path / "d/cmmlu/test/law.csv", ",Question,A,B,C,D,Answer\n0,法？,一,二,三,四,A\n")

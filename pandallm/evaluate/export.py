@@ -84,7 +84,7 @@ def _askable(part: variants.Set, protocol: str, name: str) -> tuple[list[variant
     empty = len({a.question.id for a in part.asked}) - len({a.question.id for a in asked})
     if not empty:
         return asked, part.left_out
-    log.warn(f"{name}: {empty} questions have an empty option, which the harness can't score: left out")
+    log.warn(f"{name}: questions with an empty option, which the harness can't score: {empty}, left out")
     return asked, part.left_out | {layouts.EMPTY_OPTION: empty}
 
 

@@ -159,10 +159,10 @@ def _first(questions: Iterable[Question], limit: int | None) -> list[Question]:
 
 def _tell(task: Task, questions: Sequence[Question], left_out: Mapping[str, int]) -> None:
     if left_out:
-        log.warn(f"{task.name}: {sum(left_out.values())} questions left out: {task_files.counts(left_out)}")
+        log.warn(f"{task.name}: questions left out, {sum(left_out.values())} in all: {task_files.counts(left_out)}")
     duplicates = sum(question.duplicate_options for question in questions)
     if duplicates:
         log.warn(
-            f"{task.name}: {duplicates} questions have the right option twice; flagged (duplicate_options), and only"
+            f"{task.name}: questions with the right option twice: {duplicates}; flagged (duplicate_options), and only"
             " the one that the file names (the first, where it names a text) counts as right"
         )
