@@ -215,6 +215,13 @@ def evaluate(
 ) -> None:
     """Accuracy on C3 and LogiQA-v2 with intervals, and bits per character of any text."""
     if context.invoked_subcommand:
+        for parameter in context.command.params:
+            source = context.get_parameter_source(parameter.name or "")
+            if source is not None and source.name == "COMMANDLINE":
+                command = f"panda eval {context.invoked_subcommand}"
+                raise UserError(
+                    f"{parameter.opts[0]}: stands before '{context.invoked_subcommand}'; see {command} --help"
+                )
         return
     if bool(model) == bool(checkpoints):
         raise UserError("--model is needed (a folder, hub id or built-in name), or --checkpoints, and not both")
@@ -278,8 +285,8 @@ def eval_report(
 def export_lm_eval(
     model: Annotated[str, typer.Option(help="Folder, hub id or built-in name: whose tokenizer and window to use.")],
     task: Annotated[str, typer.Option(help="c3-d, c3-m, logiqa-v2; several with commas.")],
-    data: Annotated[Path, typer.Option(help="Folder of the tasks' files.")],
     out: Annotated[Path, typer.Option(help="Folder for a YAML and a JSONL file a task and protocol.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files.")] = None,
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
     protocol: Annotated[str, typer.Option(help="Several with commas.")] = "generate,choice,cloze",
     wordings: Annotated[str, typer.Option(help="Names with commas, or all.")] = "original",

@@ -6,6 +6,7 @@ Each module declares the model of what it configures, as a subclass of `Config`;
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import reprlib
 from collections.abc import Sequence
@@ -94,6 +95,18 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {e.start}: save it as UTF-8") from None
     except OSError as e:
         raise UserError(f"{path}: can't be read: {e.strerror}") from None
+
+
+def parse_json(text: str, path: Path, line: int | None = None) -> Any:
+    """The value of a JSON text of the user's, which stands in `path` (in this `line` of it, else it is the whole)."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{line or e.lineno}: not valid JSON: {e.msg}") from None
+    except RecursionError:
+        raise UserError(f"{path}:{line or 1}: not valid JSON: nested too deep") from None
+    except ValueError:  # Python's guard against numbers that take minutes to read
+        raise UserError(f"{path}:{line or 1}: not valid JSON: a number of thousands of digits") from None
 
 
 def _override(tree: dict[str, Any], text: str) -> KeyPath:

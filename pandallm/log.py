@@ -42,6 +42,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def code() -> str:
+    """Hash of the package's source: what a result depends on, committed or not."""
+    root = Path(__file__).parent
+    return files.hash_json({str(path.relative_to(root)): files.hash_file(path) for path in sorted(root.rglob("*.py"))})
+
+
 def commit() -> str | None:
     """Commit of the checkout the package runs from, `+changes` if edited; None where it is installed from a wheel."""
     root = Path(__file__).parent.parent

@@ -51,6 +51,9 @@ def test_every_command_helps_with_an_example(verb: str) -> None:
     [
         (["eval", "--task", "c3-m"], "--model"),
         (["eval", "--model", "tiny", "--task", "c9", "--data", ".", "--out", "x"], "c9"),
+        (["eval", "--json", "compare", "a", "b"], "--json: stands before 'compare'"),
+        (["eval", "--model", "tiny", "--task", "c3-m/", "--out", "x"], "has no subjects"),
+        (["eval", "--model", "tiny", "--task", "cmmlu/", "--out", "x"], "name a subject"),
         (["chat", "no-such-model"], "no-such-model"),
         (["chat", "tiny"], "no chat template"),
         (["chat", "tiny", "--chat-format", "chatlm"], "chatml"),

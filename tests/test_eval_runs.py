@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pandallm import demo, files, tokenizer
+from pandallm import demo, files, log, tokenizer
 from pandallm.config import UserError
 from pandallm.data.questions import letter
 from pandallm.evaluate import report, runs, score, statistics, tasks
@@ -191,17 +191,39 @@ def test_what_a_kill_after_the_results_leaves_is_removed(tmp_path: Path) -> None
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["predictions.jsonl", "results.json"]
 
 
-def test_a_stopped_run_of_other_arguments_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_is_kept_from_other_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*arguments: Any) -> list[score.Answer]:
         raise KeyboardInterrupt
 
-    out = tmp_path / "out"
-    with monkeypatch.context() as m:
-        m.setattr(score, "choice", fail)
-        with pytest.raises(KeyboardInterrupt):
-            evaluation.run(tasks=["c3-m"], out=out, **(BASE | {"protocols": ["generate", "choice"]}))
-    evaluation.run(tasks=["c3-m"], out=out, **(BASE | {"limit": 2}))
-    assert files.read_json(out / "results.json")["tasks"]["c3-m"]["n"] == 2 and not (out / "unfinished").exists()
+    out, how = tmp_path / "out", BASE | {"protocols": ["generate", "choice"]}
+    monkeypatch.setattr(score, "choice", fail)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.run(tasks=["c3-m"], out=out, **how)
+    before = sorted(p.name for p in (out / "unfinished").iterdir())
+    assert len(before) == 2
+    with pytest.raises(UserError, match="unfinished evaluation with another limit"):
+        evaluation.run(tasks=["c3-m"], out=out, **(how | {"limit": 2}))
+    assert sorted(p.name for p in (out / "unfinished").iterdir()) == before
+    monkeypatch.setattr(log, "code", lambda: "edited")  # nobody can take that back
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.run(tasks=["c3-m"], out=out, **how)
+    assert "was begun with other code: begins again" in capsys.readouterr().err
+    monkeypatch.setattr(log, "commit", lambda: "another")  # that alone is nothing to an answer
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.run(tasks=["c3-m"], out=out, **how)
+    assert "goes on where it was stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "unfinished/thesis.txt"])
+def test_what_is_not_ours_is_left_alone(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=f"holds a {name} that is no evaluation's"):
+        evaluation.run(tasks=["c3-m"], out=tmp_path / "out", **BASE)
+    assert path.read_text() == "mine" and [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
 
 
 def test_truncated_contexts_are_counted(tmp_path: Path) -> None:
@@ -256,3 +278,26 @@ def test_compare_refuses_unlike_runs(finished: Path, tmp_path: Path) -> None:
     (alone / "results.json").write_text("[]")
     with pytest.raises(UserError, match="not the record"):
         runs.compare(alone, finished)
+    other = doctored(finished, tmp_path / "edited", lambda row: row)
+    results = files.read_json(other / "results.json")
+    results["tasks"]["c3-m"]["data"] = "of the same ids and answers, but other texts"
+    files.write_json(other / "results.json", results)
+    with pytest.raises(UserError, match=r"c3-m: .* were asked from different files"):
+        runs.compare(finished, other)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("pred", "AB"), ("gold", 1), ("gold", None), ("correct", "yes"), ("id", 5), ("pred", "")]
+)
+def test_damaged_predictions_are_told(finished: Path, tmp_path: Path, key: str, value: Any) -> None:
+    other = doctored(finished, tmp_path / "other", lambda row: row | {key: value})
+    with pytest.raises(UserError, match=rf"predictions.jsonl:1: is no prediction: '{key}' is"):
+        runs.compare(finished, other)
+
+
+@pytest.mark.parametrize("entry", [1, {}, {"protocol": "choice"}, {"protocols": 3}])
+def test_damaged_results_are_told(finished: Path, tmp_path: Path, entry: Any) -> None:
+    other = doctored(finished, tmp_path / "other", lambda row: row)
+    files.write_json(other / "results.json", {"tasks": {"c3-m": entry}})
+    with pytest.raises(UserError, match="results.json: the figures of c3-m aren't whole"):
+        runs.compare(finished, other)

@@ -90,3 +90,9 @@ def test_pictures_and_answers_are_left_out_by_cause(tmp_path: Path) -> None:
     picture = entry(f"如图 ![](https://example.org/1.jpg) {OPTIONS}", "A")
     found = gaokao(tmp_path, picture, entry(f"问？{OPTIONS}", "AC"), entry(f"问？{OPTIONS}"), entry("问？A．一", "A"))
     assert found == [layouts.PICTURE, layouts.SEVERAL, layouts.NO_ANSWER, layouts.NO_OPTIONS]
+    assert gaokao(tmp_path, entry("问？A．甲 B．乙 C．丙 D． ", "A")) == [layouts.EMPTY_OPTION]
+    two = f"文。1．一？{OPTIONS} 2．二？{OPTIONS}"
+    assert [x if isinstance(x, str) else x.gold for x in gaokao(tmp_path, entry(two, "A", ""))] == [
+        0,
+        layouts.NO_ANSWER,
+    ]

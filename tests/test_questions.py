@@ -180,6 +180,11 @@ def test_bad_c3_record(tmp_path: Path, bad: Any, said: str) -> None:
         (json.dumps(logiqa(text=5)), ":2: the context"),
         (json.dumps(logiqa(options="AB")), ":2: the options"),
         (json.dumps(logiqa()), "'3' is there twice"),
+        (json.dumps(logiqa(example_id=4, text="天\ud83d空")), ":2: holds half a character"),
+        (json.dumps(logiqa(example_id="\udc00")), ":2: holds half a character"),
+        (json.dumps(logiqa(example_id=4, options=["", " "])), ":2: all options are empty"),
+        ("[" * 100_000, ":2: not valid JSON: nested too deep"),
+        (f'{{"example_id": {"9" * 5000}}}', ":2: not valid JSON: a number"),
     ],
 )
 def test_bad_logiqa_line(tmp_path: Path, bad: str, said: str) -> None:

@@ -189,6 +189,14 @@ def test_bad_arguments(tmp_path: Path) -> None:
         publish.write([run], tmp_path / "file" / "out")
 
 
+def test_pictures_of_others_are_left_alone(tmp_path: Path) -> None:
+    photo = tmp_path / "report" / "steps.png"
+    photo.parent.mkdir()
+    photo.write_text("a photo")
+    publish.write([made_run(tmp_path / "a", "one", 5)], photo.parent)
+    assert photo.read_text() == "a photo"
+
+
 def test_command(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", "m", 5)
     done = CliRunner().invoke(cli.app, ["eval", "report", str(run), "--out", str(tmp_path / "out"), "--json"])

@@ -116,7 +116,7 @@ def test_cloze_does_not_choose_what_has_no_text(tiny: tuple[PreTrainedModel, Pre
     model, words = tiny[0], tokenizer.load(load.resolve("tiny"))
     for chat_format in ("none", "chatml"):
         score.use_format(words, chat_format)
-        for options in (("", "雨"), ("雨", "")):
+        for options in (("", "雨"), ("雨", ""), ("雨", " ")):
             question = Question("c3-d", "1", "天黑了。", "怎么了？", options, 0)
             asked = score.ask(words, chat_format, question, "original", "cloze", 2048)
             (answer,) = score.cloze(model, words, [question], [asked], chat_format, 4096)
@@ -135,6 +135,10 @@ def test_cloze_does_not_choose_what_has_no_text(tiny: tuple[PreTrainedModel, Pre
         ("ABCD", 4, None),
         ("C", 2, None),
         ("选项 D 或 B", 3, 1),
+        ("25℃，选B", 4, 1),
+        ("30 °C", 4, None),
+        ("Ⓒ不算，Ｂ算", 4, 1),
+        ("３Ａ", 4, None),
         ("b", 4, None),
         ("", 4, None),
     ],
@@ -161,6 +165,28 @@ def test_stopping_early_changes_no_answer(
     assert [(a.pred, a.second) for a in short] == [(a.pred, a.second) for a in whole]
     assert all(b.output.startswith(a.output) for a, b in zip(short, whole, strict=True))
     assert sum(len(a.output) < len(b.output) for a, b in zip(short, whole, strict=True)) >= 5
+
+
+@pytest.mark.parametrize(
+    "written", ["答案是Ｂ。即选项B", "水在100℃沸腾，所以选B", "选C。不，选A", "Bob says A", "没有"]
+)
+def test_a_text_ends_where_both_readings_are_settled(
+    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    """Token by token: the answers are those of the whole text, though one reading is settled before the other."""
+    words = tiny[1]
+
+    def write(*args: Any) -> list[list[int]]:
+        ids, enough = words(written, add_special_tokens=False)["input_ids"], args[-1]
+        ends = (n for n in range(1, len(ids)) if enough(0, ids[:n]))
+        return [ids[: next(ends, len(ids))]]
+
+    monkeypatch.setattr(generate, "greedy_batch", write)
+    for options in (("甲", "乙"), ("甲", "乙", "丙", "丁")):
+        question = Question("c3-m", "1", "", "？", options, 1)
+        (answer,) = score.generate(tiny[0], words, [question], [score.Prompt("", [])], 4096)
+        n = len(options)
+        assert (answer.pred, answer.second) == (tasks.parse_letter(written, n), tasks.parse_strict(written, n))
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,15 @@ def test_batches_and_joints_do_not_matter(
     assert found - {("c3-m", "long")} == EXPECTED - {("c3-m", "long")}
 
 
+def test_flags_do_not_depend_on_the_orders_asked(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+    monkeypatch.setattr(module, "seen", lambda questions, folder: looked.append(questions) or set())
+    turned = [replace(QUESTIONS[1], options=options) for options in permutations(QUESTIONS[1].options)]
+    module.flags(turned, [planted])
+    module.flags(turned[:1], [planted])
+    assert looked[0] == looked[1] == [QUESTIONS[1]]
+
+
 def test_no_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="manifest"):
         seen(QUESTIONS, tmp_path)
@@ -110,6 +121,8 @@ def test_a_run_flags_what_was_seen(planted: Path, tmp_path: Path) -> None:
     entry = results["tasks"]["c3-m"]
     assert entry["flagged"] == 1
     assert entry["accuracy_unflagged"] == pytest.approx(sum(row["correct"] for row in rows[1:]) / 2)
+    turned = run.run(*arguments, tmp_path / "turned", precision="fp32", training=[planted], permute=2)
+    assert turned["tasks"]["c3-m"]["flagged"] == 1
     with pytest.raises(UserError, match="another training"):
         run.run(*arguments, tmp_path / "out", precision="fp32")
     with pytest.raises(UserError, match="manifest"):

@@ -115,7 +115,17 @@ def test_verdicts() -> None:
     assert pair(0, 3, 0)["questions_needed"] == 6 and pair(0, 5, 5)["questions_needed"] == 14
     assert pair(0, 5, 0)["ci95"] == [1.0, 1.0] and "no difference shown" in pair(0, 5, 0)["verdict"]
     assert "B is better" in pair(0, 6, 0)["verdict"]
-    assert "nearly (McNemar p 0.040)" in report.verdict(pair(15, 25, 60) | {"mcnemar_p": 0.04, "questions_needed": 90})
+    close = pair(15, 25, 60) | {"mcnemar_p": 0.04, "questions_needed": 90}
+    assert "nearly (95 % interval -2.0 … +22.0, McNemar p 0.040)" in report.verdict(close)
+
+
+def test_no_verdict_where_mean_and_questions_disagree() -> None:
+    """Ten wordings: B gains one of them on 60 questions and loses nine on 20."""
+    a = [row(id=str(i), wording=str(w), correct=i >= 60) for i in range(80) for w in range(10)]
+    b = [row(id=str(i), wording=str(w), correct=w == 0) for i in range(80) for w in range(10)]
+    found = report.compare(a, b)
+    assert found["difference"] == pytest.approx(-0.15) and found["mcnemar_p"] < 1e-4 and found["only_b"] == 60
+    assert found["verdict"].startswith("no verdict: over wordings and orders A is right more often, but B does better")
 
 
 def test_a_verdict_is_rarely_wrong_where_there_is_no_difference() -> None:

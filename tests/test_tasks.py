@@ -61,6 +61,7 @@ def test_cmmlu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (CMMLU + "3,?,一,二\n", ":6: the line has not as many"),
         (CMMLU + "3,?,一,二,三,四,A,A\n", ":6: the line has not as many"),
         (CMMLU + '3,"?,一,二,三,四,A\n', ":6: not valid CSV"),
+        ('"Question"x,A,B,C,D,Answer\n', ":1: not valid CSV"),
         (",Question,A,B,C,D,Answer\n", "has no questions"),
     ],
 )
@@ -91,6 +92,9 @@ def agieval(**changes: Any) -> dict[str, Any]:
 
 
 def test_agieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines(tmp_path / "data/v1/gaokao-physics.jsonl", [agieval(), agieval(options=["(A)一", "(B) ", "(C)三"])])
+    assert tasks.read("agieval/gaokao-physics", tmp_path, "test").left_out == {"an empty option": 1}
+    (tmp_path / "data/v1/gaokao-physics.jsonl").unlink()
     law = [agieval(label=["A"]), agieval(label=["A", "B"]), agieval(label="AB"), agieval(label=None, answer="7")]
     lines(tmp_path / "data/v1/jec-qa-kd.jsonl", [*law, agieval(options=["(A)一(B)二"])])
     lines(tmp_path / "data/v1/logiqa-zh.jsonl", [agieval(passage="文")])
@@ -188,6 +192,7 @@ def test_a_users_task(tmp_path: Path) -> None:
         ({"answer_is": "text"}, "mine.jsonl:1: the answer 'B'"),
         ({"options": "text"}, "mine.jsonl:1: the answer 'B'"),
         ({"context": "nothing"}, "the key 'nothing'"),
+        ({"file": "a\0b"}, "is no file's name"),
     ],
 )
 def test_a_bad_task_of_a_users(tmp_path: Path, keys: dict[str, Any], said: str) -> None:

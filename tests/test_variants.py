@@ -93,13 +93,14 @@ def test_wordings_by_name() -> None:
 # --- orders ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 7])
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 8])
 def test_orders(n: int) -> None:
-    question = Question("t", "1", "", "?", tuple("甲乙丙丁戊己庚"[:n]), n - 1)
+    question = Question("t", "1", "", "?", tuple("甲乙丙丁戊己庚辛"[:n]), n - 1)
     identity = tuple(range(n))
     assert variants.orders(question, 1) == [identity]
     found = variants.orders(question, 6)
     assert found[0] == identity and found == variants.orders(question, 6) and len(found) == 6
+    assert variants.orders(question, 9)[:6] == found[:6]  # however many are asked
     counts = Counter(found)
     assert max(counts.values()) - min(counts.values()) <= 1  # all differ, or each comes round as often
     assert len(counts) == min(6, len(list(permutations(identity))))

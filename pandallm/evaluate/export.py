@@ -30,7 +30,7 @@ CHAT_FORMATS = ("none", "model", *prompt.TEMPLATES)
 def run(
     model: str,
     tasks: Sequence[str],
-    data: Path,
+    data: Path | None,
     split: str,
     protocols: Sequence[str],
     wordings: Sequence[str],
@@ -80,7 +80,7 @@ def _askable(part: variants.Set, protocol: str, name: str) -> tuple[list[variant
     """What the harness can ask, and what is left out by cause: it can't score an empty text."""
     if protocol != "cloze":
         return part.asked, part.left_out
-    asked = [a for a in part.asked if all(a.question.options)]
+    asked = [a for a in part.asked if all(option.strip() for option in a.question.options)]
     empty = len({a.question.id for a in part.asked}) - len({a.question.id for a in asked})
     if not empty:
         return asked, part.left_out

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pandallm.config import UserError, read_text
+from pandallm.config import UserError, parse_json, read_text
 from pandallm.data.questions import letter
 
 SEVERAL, NO_ANSWER, NO_OPTIONS = "several answers", "no answer", "options not found"
 EMPTY_OPTION, PICTURE, GROUP = "an empty option", "needs a picture", "in a group that can't be split"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can name them, UTF-8 can't hold them
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ Reader = Callable[[str, str, Path], Iterator[Item]]  # of task, subject ("" wher
 
 def c3(task: str, subject: str, path: Path) -> Iterator[Item]:
     """C3: a list of [[paragraph or turn, …], [{question, choice, answer}, …], id]; the answer is a text."""
-    records = _json(path)
+    records = parse_json(read_text(path), path)
     if not isinstance(records, list):
         raise UserError(f"{path}: C3's layout is a list of records")
     for number, record in enumerate(records, 1):
@@ -80,7 +80,10 @@ def table(task: str, subject: str, path: Path, question: str, answer: str) -> It
     """CMMLU and C-Eval: CSV with a header; the columns A to D, and those named `question` and `answer` (a letter)."""
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     wanted = (question, "A", "B", "C", "D", answer)
-    lacking = [column for column in wanted if column not in (rows.fieldnames or ())]
+    try:
+        lacking = [column for column in wanted if column not in (rows.fieldnames or ())]
+    except csv.Error as e:
+        raise UserError(f"{path}:1: not valid CSV: {e}") from None
     if lacking:
         raise UserError(f"{path}:1: the column '{lacking[0]}' is missing; {', '.join(wanted)} are wanted")
     number = 0
@@ -97,7 +100,7 @@ def table(task: str, subject: str, path: Path, question: str, answer: str) -> It
         options = [row[name] for name in "ABCD"]
         name = f"{subject}/{number}"
         number += 1
-        if not all(option.strip() for option in options):
+        if _lacks_one(options):
             yield EMPTY_OPTION
         else:
             gold = _index_of(row[answer].strip(), list("ABCD"), where)
@@ -117,6 +120,9 @@ def agieval(task: str, subject: str, path: Path) -> Iterator[Item]:
             gold = _index_of(labels[0], [letter(i) for i in range(len(options))], where)
             asked = text.strip() if isinstance(text, str) else text
             bare = _without_marks(options)
+            if _lacks_one(bare):
+                yield EMPTY_OPTION
+                continue
             yield _question(task, subject, f"{subject}/{number}", passage or "", asked, bare, gold, where)
 
 
@@ -139,7 +145,7 @@ def gaokao(task: str, subject: str, path: Path) -> Iterator[Item]:
     A group of questions on one text has an answer each. Left out: questions with several answers or a picture, and
     those whose end isn't four marked options in order.
     """
-    records = _json(path)
+    records = parse_json(read_text(path), path)
     entries = records.get("example") if isinstance(records, dict) else None
     if not isinstance(entries, list):
         raise UserError(f"{path}: an object with the list 'example' is wanted")
@@ -159,7 +165,10 @@ def gaokao(task: str, subject: str, path: Path) -> Iterator[Item]:
         else:
             for k, (label, (context, asked, options)) in enumerate(zip(labels, parts, strict=True)):
                 if len(label) != 1:
-                    yield SEVERAL
+                    yield SEVERAL if label else NO_ANSWER
+                    continue
+                if _lacks_one(options):
+                    yield EMPTY_OPTION
                     continue
                 key = f"{subject}/{number}" + (f"-{k + 1}" if len(parts) > 1 else "")
                 gold = _index_of(label, list("ABCD"), where)
@@ -239,11 +248,8 @@ def _own(task: str, subject: str, path: Path, fields: Fields) -> Iterator[Item]:
         yield _question(task, subject, str(number), context, text, options, answer, where)
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
+def _lacks_one(options: list[Any]) -> bool:
+    return any(isinstance(option, str) and not option.strip() for option in options)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, str, Any]]:
@@ -251,12 +257,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, str, Any]]:
     # Not splitlines: it would also cut at U+2028 and other marks that a JSON string may hold.
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            where = f"{path}:{number}"
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise UserError(f"{where}: not valid JSON: {e.msg}") from None
-            yield number, where, entry
+            yield number, f"{path}:{number}", parse_json(line, path, number)
 
 
 def _values(entry: Any, keys: tuple[str, ...], where: str) -> list[Any]:
@@ -284,6 +285,10 @@ def _question(
         raise UserError(f"{where}: {len(options)} options; 2 to 26 are possible")
     if not (isinstance(context, str) and isinstance(text, str)):
         raise UserError(f"{where}: the context or the question is not a text")
+    if not any(option.strip() for option in options):
+        raise UserError(f"{where}: all options are empty")
+    if LONE_SURROGATE.search("".join((key, context, text, *options))):
+        raise UserError(f"{where}: holds half a character (a lone surrogate); write it again")
     if type(gold) is not int or not 0 <= gold < len(options):  # `type`: true is an int in Python
         raise UserError(f"{where}: the answer {gold!r} is not the number of an option (0 to {len(options) - 1})")
     return Question(task, key, context, text, tuple(options), gold, subject)

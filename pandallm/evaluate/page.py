@@ -155,8 +155,9 @@ function line(row) {
       add(part, 'h3', name);
       add(part, 'pre', data.texts[row[at[name]]]);
     }
+    const number = v => v === null ? '–' : +(+v).toFixed(4);  // null: an option without a text
     for (const [name, value] of Object.entries(row[at.more]))
-      add(part, 'p', name + ': ' + (Array.isArray(value) ? value.map(v => +(+v).toFixed(4)).join(', ') : value));
+      add(part, 'p', name + ': ' + (Array.isArray(value) ? value.map(number).join(', ') : value));
   }, {once: true});
   return part;
 }

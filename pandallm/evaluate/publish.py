@@ -140,7 +140,7 @@ def _labelled(found: list[Run]) -> list[Run]:
 def _sections(found: list[Run], out: Path) -> list[Section]:
     keys = list(dict.fromkeys(key for run in found for key in run.entries))
     out.mkdir(parents=True, exist_ok=True)
-    for name in PICTURES:  # of an earlier report
+    for name in PICTURES if (out / "report.html").exists() else ():  # of an earlier report
         (out / name).unlink(missing_ok=True)
     sections = [_overview(found, keys, out), _steps(found, keys, out), _comparison(found)]
     sections += [_details(found), _wordings(found), _positions(found), _subjects(found), _bits(found), _made(found)]

@@ -225,8 +225,14 @@ def verdict(entry: Entry) -> str:
     needed = entry["questions_needed"]
     if needed is None:
         return "no difference shown: both are right equally often"
+    if entry["mcnemar_p"] < ALPHA and (entry["only_b"] - entry["only_a"]) * entry["difference"] < 0:
+        mean, more = ("B", "A") if entry["difference"] > 0 else ("A", "B")
+        return (
+            f"no verdict: over wordings and orders {mean} is right more often, but {more} does better on more questions"
+        )
     if needed <= entry["n"]:
-        return f"no difference shown, but nearly (McNemar p {entry['mcnemar_p']:.3f}): ask more questions"
+        tests = f"95 % interval {interval(entry['ci95'], '+.1f')}, McNemar p {entry['mcnemar_p']:.3f}"
+        return f"no difference shown, but nearly ({tests}): ask more questions"
     size, more = f"{100 * entry['difference']:+.1f} points", f"{needed - entry['n']:,} more"
     return f"no difference shown: about {needed:,} questions ({more}) would show a difference of this size ({size})"
 

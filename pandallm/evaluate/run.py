@@ -21,10 +21,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pandallm import files, log, prompt, ranks, tokenizer
-from pandallm.config import UserError, read_text
+from pandallm.config import UserError, parse_json, read_text
 from pandallm.data.questions import letter
 from pandallm.data.shards import Shards
 from pandallm.evaluate import report, runs, score, seen, unfinished, variants
+from pandallm.evaluate.layouts import LONE_SURROGATE
 from pandallm.evaluate.tasks import TASKS
 from pandallm.evaluate.unfinished import Unfinished
 from pandallm.evaluate.variants import Asked
@@ -93,7 +94,7 @@ def run(
     words = tokenizer.load(folder)
     how["chat_format"] = score.use_format(words, chat_format)
     asking = Asking(_load(folder, precision, backend), words, how["chat_format"], token_budget)
-    kept = Unfinished(out, arguments | {"commit": log.commit(), "versions": log.versions()})
+    kept = Unfinished(out, arguments | {"code": log.code(), "versions": log.versions()})
     results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}, "arguments": arguments}
     rows: list[report.Row] = []
     for name, part in sets.items():
@@ -189,7 +190,7 @@ def read_documents(path: Path) -> list[str]:
     elif path.suffix in (".jsonl", ".json"):
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                documents.append(_document(line, f"{path}:{number}"))
+                documents.append(_document(parse_json(line, path, number), f"{path}:{number}"))
     else:
         raise UserError(f"{path}: a .txt file or JSON lines (.jsonl, .json) are wanted")
     if not any(documents):
@@ -197,14 +198,12 @@ def read_documents(path: Path) -> list[str]:
     return documents
 
 
-def _document(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not valid JSON: {e.msg}") from None
+def _document(record: Any, where: str) -> str:
     text = record.get("text", record.get("content")) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{where}: an object with a text under 'text' or 'content' is wanted")
+    if LONE_SURROGATE.search(text):
+        raise UserError(f"{where}: holds half a character (a lone surrogate); write it again")
     return text
 
 

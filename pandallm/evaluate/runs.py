@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import string
 from pathlib import Path
 from typing import Any
 
 from pandallm import log
-from pandallm.config import UserError, read_text
+from pandallm.config import UserError, parse_json, read_text
 from pandallm.evaluate import report
 from pandallm.evaluate.report import Row
 
 NEEDED = ("task", "id", "wording", "protocol", "pred", "gold", "correct")  # of a line of predictions.jsonl
+FIGURES = ("protocol", "n", "accuracy", "ci95", "wordings", "accuracy_std")  # of an entry of results.json
 
 
 def results(out: Path) -> dict[str, Any]:
     """OUT/results.json. UserError where there is none, or it is something else."""
     path = out / "results.json"
-    try:
-        found = json.loads(read_text(path))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
+    found = parse_json(read_text(path), path)
     if not isinstance(found, dict) or not isinstance(found.get("tasks"), dict):
         raise UserError(f"{path}: is not the record of an evaluation")
+    for task, entry in found["tasks"].items():
+        others = entry.get("protocols", {}) if isinstance(entry, dict) else {}
+        for part in (entry, *(others.values() if isinstance(others, dict) else [None])):
+            if not isinstance(part, dict) or any(key not in part for key in FIGURES):
+                raise UserError(f"{path}: the figures of {task} aren't whole; evaluate again, into another --out")
     return found
 
 
@@ -33,15 +36,23 @@ def predictions(out: Path) -> dict[tuple[str, str], list[Row]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line:
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path}:{number}: not valid JSON: {e.msg}; evaluate again, into another --out") from None
+        row = parse_json(line, path, number)
         lacking = [key for key in NEEDED if not isinstance(row, dict) or key not in row]
         if lacking:
             raise UserError(f"{path}:{number}: is no prediction: '{lacking[0]}' is missing")
+        odd = [key for key in NEEDED if not _sound(key, row[key])]
+        if odd:
+            raise UserError(f"{path}:{number}: is no prediction: '{odd[0]}' is {row[odd[0]]!r}")
         rows.setdefault((row["task"], row["protocol"]), []).append(row)
     return rows
+
+
+def _sound(key: str, value: Any) -> bool:
+    if key == "correct":
+        return isinstance(value, bool)
+    if key in ("pred", "gold"):
+        return (value is None and key == "pred") or (isinstance(value, str) and value in tuple(string.ascii_uppercase))
+    return isinstance(value, str)
 
 
 def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
@@ -66,6 +77,12 @@ def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
             if key not in rows:
                 raise UserError(f"{run / 'predictions.jsonl'}: has no line of {' by '.join(key)}; evaluate again")
         _same_questions(key[0], rows_a[key], rows_b[key], run_a, run_b)
+        data_a, data_b = ((have[key].get("data"), have[key].get("shots")) for have in (have_a, have_b))
+        if data_a[0] != data_b[0] and data_a[1] == data_b[1]:  # with other --shots, other files make the hash
+            raise UserError(
+                f"{key[0]}: {run_a} and {run_b} were asked from different files (their hashes differ): evaluate both"
+                " on the same"
+            )
         entry = {"protocol": key[1], **report.compare(rows_a[key], rows_b[key])}
         if key[0] in found:
             found[key[0]].setdefault("protocols", {})[key[1]] = entry

@@ -173,7 +173,8 @@ def generate(
     def decided(i: int, ids: list[int]) -> bool:
         # A letter at the end may yet be a word's first; so may one before a character that isn't whole.
         so_far = text(ids).rstrip(generation.REPLACEMENT) + "x"
-        return tasks.parse_strict(so_far, len(questions[i].options)) is not None
+        n = len(questions[i].options)
+        return tasks.parse_letter(so_far, n) is not None and tasks.parse_strict(so_far, n) is not None
 
     ids, ends = [p.ids for p in prompts], generation.stop_ids(model.generation_config, tokenizer)
     if isinstance(model, Vllm):
@@ -218,13 +219,13 @@ def cloze(
 
     `prompts` don't list the options.
     """
-    texts = [[option for option in question.options if option] for question in questions]
+    texts = [[option for option in question.options if option.strip()] for question in questions]
     found = _of_answers(model, tokenizer, prompts, texts, chat_format, token_budget, progress)
     answers = []
     for question, values in zip(questions, found, strict=True):
         left = iter(values)
         # What has no text has no likelihood, and is not chosen: real sets hold a few such options.
-        sums = tuple(next(left) if option else -math.inf for option in question.options)
+        sums = tuple(next(left) if option.strip() else -math.inf for option in question.options)
         pred = sums.index(max(sums))
         by_length = [total / max(1, len(text)) for total, text in zip(sums, question.options, strict=True)]
         answers.append(Answer(question.options[pred], pred, by_length.index(max(by_length)), sums))

@@ -22,8 +22,10 @@ BLOCK = 1 << 20  # numbers of documents read at once
 
 def flags(questions: Iterable[Question], folders: Sequence[Path]) -> set[tuple[str, str]] | None:
     """(task, id) of the questions seen in any of the shards; None where no shards are given."""
-    once = list({(question.task, question.id): question for question in questions}.values())
-    return set().union(*(seen(once, folder) for folder in folders)) if folders else None
+    once: dict[tuple[str, str], Question] = {}
+    for question in questions:  # its first order, which is the file's: flags don't depend on how many are asked
+        once.setdefault((question.task, question.id), question)
+    return set().union(*(seen(list(once.values()), folder) for folder in folders)) if folders else None
 
 
 def seen(questions: Sequence[Question], folder: Path) -> set[tuple[str, str]]:

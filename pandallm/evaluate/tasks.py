@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-import unicodedata
+import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,13 +94,16 @@ def parse_letter(output: str, n_options: int) -> int | None:
     return ord(found.group()) - ord("A") if found else None
 
 
+HALF_WIDTH = {0xFEE0 + ord(c): c for c in string.ascii_letters + string.digits}  # by the full-width form's number
+
+
 def parse_strict(output: str, n_options: int) -> int | None:
     """Index of the option an output names, by a stricter rule: the first letter of an option that stands alone.
 
-    "Answer: B" is B; full-width letters count; letters inside a word, or of no option, don't.
+    "Answer: B" is B; full-width letters count; letters inside a word, of a degree (°C, ℃) or of no option don't.
     """
-    text = unicodedata.normalize("NFKC", output)
-    found = re.search(f"(?<![A-Za-z0-9])[A-{letter(n_options - 1)}](?![A-Za-z0-9])", text)
+    text = output.translate(HALF_WIDTH)
+    found = re.search(f"(?<![A-Za-z0-9°])[A-{letter(n_options - 1)}](?![A-Za-z0-9])", text)
     return ord(found.group()) - ord("A") if found else None
 
 
@@ -111,13 +114,15 @@ def get(text: str) -> Task:
     """
     if text.endswith((".yaml", ".yml")):
         return _own(Path(text))
-    name, _, subject = text.partition("/")
+    name, slash, subject = text.partition("/")
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known tasks: {', '.join(TASKS)}, or the path of a .yaml"
         raise UserError(f"task '{text}': unknown; {hint}")
-    if subject and not TASKS[name].subjects:
+    if slash and not TASKS[name].subjects:
         raise UserError(f"task '{text}': {name} has no subjects")
+    if slash and not subject:
+        raise UserError(f"task '{text}': name a subject after the '/', or leave it out")
     return replace(TASKS[name], name=text, subject=subject)
 
 
@@ -128,6 +133,8 @@ def _own(path: Path) -> Task:
     folder = path.parent.resolve()
 
     def beside(file: str) -> Path:
+        if "\0" in file:
+            raise UserError(f"{path}: '{file!r}' is no file's name")
         whole = (folder / file).resolve()  # links are followed first: they may not lead out of the folder either
         if not whole.is_relative_to(folder):
             raise UserError(f"{path}: '{file}' lies outside the folder of this file; put it beside it")
@@ -304,7 +311,7 @@ TASKS: dict[str, Task] = {
     "agieval": Task(
         ("agieval/*.jsonl", "data/v1_1/*.jsonl", "data/v1/*.jsonl", "*.jsonl"),
         layouts.agieval,
-        2,
+        3,
         "https://github.com/ruixiangcui/AGIEval (each set has its own licence; JEC-QA: https://jecqa.thunlp.org)",
         splits=("test",),
         examples="",
@@ -314,7 +321,7 @@ TASKS: dict[str, Task] = {
     "gaokao": Task(
         ("gaokao/20*_MCQs.json", "Data/Objective_Questions/20*_MCQs.json", "20*_MCQs.json"),
         layouts.gaokao,
-        2,
+        3,
         "https://github.com/OpenLMLab/GAOKAO-Bench (Apache-2.0)",
         splits=("test",),
         examples="",

@@ -73,11 +73,11 @@ def orders(question: Question, count: int) -> list[tuple[int, ...]]:
         others = [order for order in permutations(identity) if order != identity]
         drawn.shuffle(others)
     else:
-        seen = {identity}
-        while len(seen) < min(count, math.factorial(n)):
-            seen.add(tuple(drawn.sample(identity, n)))
-        others = sorted(seen - {identity})
-        drawn.shuffle(others)
+        others = []
+        while len(others) + 1 < min(count, math.factorial(n)):
+            order = tuple(drawn.sample(identity, n))
+            if order != identity and order not in others:
+                others.append(order)
     cycle = [identity, *others]
     return [cycle[i % len(cycle)] for i in range(count)]
 
