@@ -11,9 +11,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from blake3 import blake3
+
+from pandallm.config import UserError
 
 TEMPORARY = ".partial"  # suffix of what is not finished yet; never read back
 
@@ -30,6 +33,16 @@ def fsync_dir(folder: Path) -> None:
 def fsync_file(path: Path) -> None:
     with open(path, "rb") as f:
         os.fsync(f.fileno())
+
+
+def check_writable(folder: Path) -> None:
+    """UserError unless files can be made in `folder`, or in what there is of the way to it. Leaves nothing there."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with TemporaryDirectory(dir=existing, suffix=TEMPORARY):  # permissions alone don't tell: root has them all
+            pass
+    except OSError as e:
+        raise UserError(f"{folder}: can't be written ({existing}: {e.strerror}); choose another folder") from None
 
 
 @contextmanager

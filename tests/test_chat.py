@@ -76,3 +76,9 @@ def test_a_piped_talk() -> None:
     assert runs[0].returncode == 0, runs[0].stderr
     assert runs[0].stdout == runs[1].stdout
     assert "你> 你好" in runs[0].stdout and "no such command" in runs[0].stdout and "not reached" not in runs[0].stdout
+
+
+def test_a_piped_talk_in_another_encoding() -> None:
+    command = [sys.executable, "-m", "pandallm.cli", "chat", "tiny", "--chat-format", "chatml"]
+    done = subprocess.run(command, input="你好\n".encode("gb18030"), capture_output=True)
+    assert done.returncode == 2 and done.stderr.decode() == "panda: stdin: not UTF-8 at byte 0: send it as UTF-8\n"

@@ -59,6 +59,15 @@ def test_a_text_without_sentences_ends_behind_clauses_or_anywhere(tok: Any) -> N
     assert len(mine) > 3 and all(set(tok.decode(piece.input_ids)) == {"字"} for piece in mine[:-1])
 
 
+def test_places_are_looked_up_once_a_text(tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once a row, which made a long text without sentences take hours."""
+    asked = []
+    real = prompt.render
+    monkeypatch.setattr(prompt, "render", lambda *args, **keys: asked.append(keys) or real(*args, **keys))
+    mine, _ = pieces(tok, Text("学而时习之不亦说乎" * 200), 64)
+    assert len(mine) > 20 and asked.count({"offsets": True}) == 1
+
+
 def test_never_inside_a_character(tok: Any) -> None:
     text = "🐼𠮷" * 300  # several tokens each
     for seq_len in range(20, 40):

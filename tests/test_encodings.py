@@ -71,6 +71,9 @@ def test_a_declared_encoding(encoding: str, tmp_path: Path) -> None:
         assert [item.value for item in found if isinstance(item, Record)] == [json.loads(line) for line in lines]
         assert sum(read.lines_in(span) for span in spans) == 50
         assert (len(spans) > 5) == (limit == 200 and not encoding.startswith("utf-16"))
+    path.write_bytes("".join(line + "\n" for line in lines).encode())
+    assert [type(item) for item in read.records(read.spans_of(path, "auto", 1 << 20, "utf-16")[0], "auto")] == [Bad]
+    path.write_bytes("".join(line + "\n" for line in lines).encode(encoding))
     if encoding in ("big5", "utf-8"):
         path.write_bytes(path.read_bytes().replace("漢字".encode(encoding), b"\xff", 1))
         found = list(read.records(read.spans_of(path, "auto", 1 << 20, encoding)[0], "auto"))

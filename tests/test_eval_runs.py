@@ -154,8 +154,9 @@ def test_bad_arguments_leave_nothing(
 
 def test_out_that_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="choose another --out"):
-        evaluation.run(tasks=["c3-m"], out=tmp_path / "file" / "out", **BASE)
+    for out in (tmp_path / "file" / "out", Path("/proc/out")):
+        with pytest.raises(UserError, match="out: can't be written .* choose another folder"):
+            evaluation.run(tasks=["c3-m"], out=out, **BASE)
 
 
 @pytest.mark.parametrize("text", ['{"text": 5}', '{"title": "x"}', "{", "[]", "", '{"text": ""}'])

@@ -295,6 +295,8 @@ def test_pick_draws_from_transformers_distribution(sampling: Sampling) -> None:
         {"repetition_penalty": 0.0},
         {"max_new_tokens": 0},
         {"temperature": float("nan")},
+        {"seed": -1},
+        {"seed": 1 << 70},
     ],
 )
 def test_sampling_out_of_range(values: dict[str, float]) -> None:

@@ -143,7 +143,7 @@ def test_flan_is_sampled_by_task(run: Run) -> None:
 def test_a_sample_without_the_key_is_bad(run: Run) -> None:
     records = [{"inputs": "问", "targets": "答", "task": "a"}, {"inputs": "再问", "targets": "答"}]
     manifest, _ = run({"flan": records}, {"flan": {"sample": 2, "by": "task"}}, max_bad=0.5)
-    assert manifest["sources"][0]["dropped"] == {"bad_record": 1}
+    assert manifest["sources"][0]["dropped"] == {"no_by_key": 1}
 
 
 def test_up_sampling_to_a_share(run: Run) -> None:

@@ -66,7 +66,7 @@ def test_too_many_bad_records(
         ({"path": "long"}, {"seq_len": 8}, "nothing to train on: the corpora are empty (dropped: {'too_long': 1})"),
         ({"path": "none.jsonl"}, {}, "source own: none.jsonl: no such file or folder"),
         ({"path": "folder"}, {}, "source own: folder: the folder holds no files"),
-        ({"path": "good"}, {"out": "good"}, "out: good can't be made: "),
+        ({"path": "good"}, {"out": "good"}, "source own: good lies in out (good)"),
         ({"path": "good"}, {"out": "good/below"}, "out: good/below can't be made: "),
         ({"path": "good"}, {"tokenizer": "no-eos"}, "no-eos: the tokenizer has no eos token"),
         ({"path": "good"}, {"tokenizer": "no-such"}, "no-such: no such folder"),
@@ -85,6 +85,10 @@ def test_too_many_bad_records(
         ({"path": "*.csv"}, {}, "source own: *.csv: no file has a name like that"),
         ({"path": "good"}, {"clean": {"preset": "strong"}}, "clean.preset: Input should be 'off', 'light' or 'web'"),
         ({"path": "good"}, {"clean": {"script": "s2x"}}, "clean.script: Input should be 'keep', 't2s'"),
+        ({"path": "good"}, {"out": ""}, "out: String should have at least 1 character"),
+        ({"path": "good"}, {"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"path": "good", "sample": 1, "by": "task"}, {}, "good:1: no_by_key: "),
+        ({"path": "good", "epochs": 0.001}, {}, "nothing to train on: epochs, weights and samples leave no text"),
         ({"path": "good"}, {"decontaminate": ["none.json"]}, "decontaminate: none.json: no such file or folder"),
         ({"path": "good"}, {"decontaminate": ["blank"]}, "decontaminate: blank: holds no evaluation items"),
     ],
@@ -117,3 +121,65 @@ def test_mistakes(
     assert code == 2 and len(lines) == 1 and message in lines[0], lines
     Path("c.yaml").unlink()
     assert contents(tmp_path) == before and not Path("shards").exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["parts/mine.txt"],
+        ["parts/below/mine.txt"],
+        ["manifest.json"],
+        ["tokenizer/tokenizer.json"],
+        ["report.json", "a"],
+    ],
+)
+@pytest.mark.parametrize("corpus", ["好", ""])
+def test_what_is_not_ours_is_left_alone(
+    names: list[str],
+    corpus: str,
+    tmp_path: Path,
+    write_yaml: WriteYaml,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text('{"mine": 1}')
+    (tmp_path / "good").write_text(json.dumps({"text": corpus}) + "\n")
+    before = contents(out)
+    sources = [{"name": "own", "path": str(tmp_path / "good")}]
+    conf = write_yaml("c.yaml", tokenizer="tiny", seq_len=64, workers=1, out=str(out), sources=sources)
+    code, lines = panda(monkeypatch, capsys, conf)
+    assert code == 2 and len(lines) == 1 and "which is not of shards; choose another folder" in lines[0]
+    assert contents(out) == before
+
+
+def test_other_files_in_the_folder_stay(
+    tmp_path: Path, write_yaml: WriteYaml, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the shards, in a run that fails and in one that does not."""
+    out = tmp_path / "out"
+    (out / "x.partial").mkdir(parents=True)
+    mine = ["README.md", "film.iso.partial", "x.partial/y"]
+    for name in mine:
+        (out / name).write_text("mine")
+    (tmp_path / "good").write_text(json.dumps({"text": "好" * 30}) + "\n")
+    sources = [{"name": "own", "path": str(tmp_path / "good")}]
+    conf = write_yaml("c.yaml", tokenizer="tiny", seq_len=64, workers=1, out=str(out), sources=sources)
+    assert panda(monkeypatch, capsys, conf, "sources.0.epochs=0.001")[0] == 2
+    assert {name for name in contents(out) if (out / name).is_file()} == set(mine)
+    assert panda(monkeypatch, capsys, conf)[0] == 0 and (out / "manifest.json").exists()
+    assert all((out / name).read_text() == "mine" for name in mine)
+
+
+def test_a_corpus_in_out(
+    tmp_path: Path, write_yaml: WriteYaml, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "good.jsonl").write_text(json.dumps({"text": "好" * 30}) + "\n")
+    sources = [{"name": "own", "path": str(tmp_path / "here")}]
+    conf = write_yaml("c.yaml", tokenizer="tiny", seq_len=64, workers=1, out=str(tmp_path / "here"), sources=sources)
+    code, lines = panda(monkeypatch, capsys, conf)
+    assert code == 2 and "good.jsonl lies in out" in lines[0] and len(lines) == 1
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["good.jsonl"]

@@ -87,6 +87,13 @@ def test_shards_that_cannot_be_read(run: Prepare, tmp_path: Path) -> None:
     manifest.write_text(text[:100], encoding="utf-8")
     with pytest.raises(UserError, match=r"manifest.json: damaged \(.*\); prepare the shards again"):
         Shards(tmp_path / "shards")
+    for other in ("[]", "5", "null", "{}", "[" * 100_000):
+        manifest.write_text(other, encoding="utf-8")
+        with pytest.raises(UserError, match=r"manifest.json: (is no shards' manifest|damaged)"):
+            Shards(tmp_path / "shards")
+    manifest.write_text('{"format": 3}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"damaged \('seq_len' is missing\)"):
+        Shards(tmp_path / "shards")
     manifest.write_text(text, encoding="utf-8")
     (tmp_path / "shards" / "parts" / "home-00000.mask.bin").write_bytes(b"x")
     with pytest.raises(

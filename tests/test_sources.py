@@ -302,12 +302,12 @@ def test_groups() -> None:
     assert sources.group_of({"inputs": "问", "targets": "答", "task": " nli "}, reading) == "nli"
     assert sources.group_of({"task": 3}, reading) == "3"
     for record in ({}, {"task": None}, {"task": " "}, {"task": ["nli"]}, {"task": 10**5000}, [], "nli", None, 3):
-        with pytest.raises(sources.Drop, match="bad_record"):
+        with pytest.raises(sources.Drop, match="no_by_key"):
             sources.group_of(record, reading)
 
 
 def test_causes_of_reading_count_as_bad() -> None:
-    assert set(read.CAUSES) | {"bad_record", "unknown_layout"} == set(sources.BAD)
+    assert set(read.CAUSES) | {"bad_record", "unknown_layout", "no_by_key"} == set(sources.BAD)
 
 
 JUNK = (None, True, 0, -1, 1e400, 10**400, "", "甲", "{{", "A" * 100, [], [[]], {}, {"a": {}}, ["甲"], [["甲", "乙"]])

@@ -42,9 +42,9 @@ def assemble(
     numbers, lengths = _documents(jobs, ends, times, counts)
     if not len(numbers):
         dropped: Counter[str] = sum((count.dropped for count in counts.values()), Counter())
-        raise UserError(
-            f"{conf.out}: nothing to train on: the corpora are empty (dropped: {dict(dropped) or 'nothing'})"
-        )
+        some = any(count.read > count.dropped.total() for count in counts.values())
+        why = "epochs, weights and samples leave no text" if some else "the corpora are empty"
+        raise UserError(f"{conf.out}: nothing to train on: {why} (dropped: {dict(dropped) or 'nothing'})")
     order = np.random.default_rng([conf.seed, 1]).permutation(len(numbers))
     numbers, lengths = numbers[order], lengths[order]
     del order

@@ -170,7 +170,7 @@ def utf8(stream: Iterator[bytes], encoding: str) -> Iterator[bytes]:
     for block in stream:
         try:
             text = decoder.decode(block)
-        except UnicodeDecodeError:  # UTF-32 only: the rest can't be told
+        except UnicodeError:  # UTF-32, or UTF-16 without its mark: the rest can't be told
             raise Broken(f"not {encoding.upper()}") from None
         if text:
             yield text.encode("utf-8", "surrogatepass")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -60,10 +60,11 @@ def _cut_text(
         ids = part.input_ids
         start = int(number > 0 and ids[:1] == [tokenizer.bos_token_id])
         stop = len(ids) - int(number < len(parts) - 1 and ids[-1] == tokenizer.eos_token_id)
+        placed = cache(partial(_placed, tokenizer, block))
         while stop - start > seq_len:
-            end = _end(tokenizer, block, ids, start, start + seq_len)
+            end = _end(tokenizer, placed, ids, start, start + seq_len)
             if stop - end == 1:
-                end = _end(tokenizer, block, ids, start, end - 1)  # a piece of one token would train nothing
+                end = _end(tokenizer, placed, ids, start, end - 1)  # a piece of one token would train nothing
             yield _piece(ids, start, end)
             start = end
         yield _piece(ids, start, stop)
@@ -73,10 +74,18 @@ def _piece(ids: list[int], start: int, end: int) -> Rendered:
     return Rendered(ids[start:end], [(1, end - start)] if end - start > 1 else [])
 
 
-def _end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], start: int, limit: int) -> int:
-    """The token at or before `limit` where a piece of `text` that begins at `start` ends best: behind a token that ends
+def _placed(tokenizer: PreTrainedTokenizerBase, text: str) -> Rendered:
+    """A text with the places of its tokens."""
+    (placed,) = prompt.render(tokenizer, [Text(text)], offsets=True)
+    return placed
+
+
+def _end(
+    tokenizer: PreTrainedTokenizerBase, places: Callable[[], Rendered], ids: list[int], start: int, limit: int
+) -> int:
+    """The token at or before `limit` where a piece of a text that begins at `start` ends best: behind a token that ends
     a sentence; where there is none, behind a sentence's end that has no token of its own, or a clause's, or anywhere
-    but inside a character."""
+    but inside a character. `places`: gives the text with its tokens' places, which cost time."""
     lowest = max(start + 1, limit - max(8, (limit - start) // LOOK_BACK))
     marks = _sentence_marks(tokenizer)
     for token in range(limit, lowest, -1):
@@ -85,7 +94,7 @@ def _end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], start: i
             last in marks.period and following in marks.spaced
         ):
             return token
-    (placed,) = prompt.render(tokenizer, [Text(text)], offsets=True)  # the places of tokens cost time: only now
+    placed = places()
     clause = border = 0
     for token in range(limit, lowest, -1):
         before, after = placed.encoding.token_to_chars(token - 1), placed.encoding.token_to_chars(token)

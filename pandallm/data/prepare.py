@@ -6,6 +6,7 @@ The result is the same bytes whatever the number of workers and however often it
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from pandallm.data.tokenize import Job
 from pandallm.model.names import resolve
 
 ROWS = ("rows.documents.bin", "rows.sizes.bin")
+MADE = (*ROWS, "tokenizer", "items.bin", "items.json", "report.json", "manifest.json")  # beside parts/, which is first
+_PART = re.compile(r".+-\d{5}\.[\w.]+")  # a file in its parts/
 WORTH_KEEPING = 64 << 20  # bytes of corpora from which the parts of a run that failed stay for the next
 
 
@@ -34,6 +37,7 @@ def run(path: str, overrides: list[str], ray: str | None = None) -> dict[str, An
     out = Path(conf.out)
     corpus = {s.name: read.files_of(Path(s.path), f"{path}: source {s.name}") for s in conf.sources}
     items = [str(f) for p in conf.decontaminate for f in read.files_of(Path(p), f"{path}: decontaminate")]
+    _check_out(out, corpus)
     tokenizer = _tokenizer(conf)
     rules = [decontaminate.FORMAT, decontaminate.SHARE, decontaminate.RUN, decontaminate.TEXT_RUN, decontaminate.COMMON]
     items_key = files.hash_json([rules, [[item, *files.stamp(Path(item))] for item in items]])
@@ -65,6 +69,32 @@ def run(path: str, overrides: list[str], ray: str | None = None) -> dict[str, An
     files.write_json(out / "manifest.json", manifest)
     _say(out, manifest)
     return manifest
+
+
+def _check_out(out: Path, corpus: dict[str, list[Path]]) -> None:
+    """Raises UserError where something else than shards is where they would come, or a corpus is there: nothing of that
+    may be touched."""
+    for name, paths in corpus.items():
+        inside = [path for path in paths if path.resolve().is_relative_to(out.resolve())]
+        if inside:
+            raise UserError(
+                f"source {name}: {inside[0]} lies in out ({out}), with what is made there; choose another out"
+            )
+    if not out.is_dir():
+        return
+    parts, manifest = out / "parts", out / "manifest.json"
+    if parts.is_dir():
+        odd = [path for path in parts.iterdir() if not (path.is_file() and _PART.fullmatch(path.name))]
+    else:
+        odd = [path for path in out.iterdir() if path.name in MADE]
+    if manifest.exists() and not shards.is_manifest(manifest):
+        odd.append(manifest)
+    if odd:
+        raise UserError(f"out: {out} holds {odd[0].relative_to(out)}, which is not of shards; choose another folder")
+
+
+def _is_ours_unfinished(path: Path) -> bool:
+    return path.name.endswith(files.TEMPORARY) and path.name.startswith(MADE)
 
 
 def _tokenizer(conf: PrepareConfig) -> PreTrainedTokenizerBase:
@@ -181,7 +211,7 @@ def _remove_stale(out: Path, keep: set[str]) -> None:
     for path in (out / "parts").iterdir():
         if path.name.split(".")[0] not in keep or path.name.endswith(files.TEMPORARY):
             path.unlink()
-    for path in out.glob(f"*{files.TEMPORARY}"):
+    for path in filter(_is_ours_unfinished, list(out.iterdir())):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -192,11 +222,11 @@ def _remove_failed(out: Path, jobs: list[Job]) -> None:
     if sum(span.size for job in jobs for span in job.spans) >= WORTH_KEEPING:
         log.say(f"{out}: the parts made so far stay there, so that the same command goes on from them")
         return
-    shutil.rmtree(out / "parts")
     shutil.rmtree(tokenize.tokenizer_folder(out), ignore_errors=True)
     index = tokenize.items_file(out)
     for path in (*(out / name for name in (*ROWS, "report.json")), index, index.with_suffix(".json")):
         path.unlink(missing_ok=True)
+    shutil.rmtree(out / "parts")  # last: without it, the others would be somebody else's
     if not any(out.iterdir()):
         out.rmdir()
 

@@ -84,8 +84,8 @@ class PrepareConfig(Config):
     pad_token: str | None = None  # added where the tokenizer has no pad token, as the original did
     seq_len: int = Field(2048, ge=8)
     packing: Literal["best_fit", "none"] = "best_fit"
-    out: str
-    seed: int = 42
+    out: str = Field(min_length=1)
+    seed: int = Field(42, ge=0, lt=1 << 32)
     workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     max_bad: float = Field(0.01, ge=0, le=1)  # share of a source's records that may be unreadable
     sources: list[Source] = Field(min_length=1)

@@ -30,6 +30,7 @@ from pandallm import files
 from pandallm.config import UserError
 
 FORMAT = 3
+NEEDED = ("seq_len", "parts", "token_dtype", "sizes")
 DOCUMENT = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("trained", "<u4"), ("record", "<u4"), ("piece", "<u4")]
 )  # offset in tokens within the part; record: index into its records; piece: number within a text that was cut up
@@ -49,6 +50,15 @@ def read_flat(path: Path, dtype: np.dtype[Any] | str) -> NDArray[Any]:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
+def is_manifest(path: Path) -> bool:
+    """Whether a file is the manifest of shards, of whatever format, or so damaged that nothing can be said."""
+    try:
+        found = files.read_json(path)
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(found, dict) and "format" in found
+
+
 class Shards:
     """Prepared shards, opened for reading. UserError when the folder holds none or its files have other sizes."""
 
@@ -59,12 +69,14 @@ class Shards:
             raise UserError(f"{folder}: no manifest.json; make the shards with: panda data prepare CONF.yaml")
         try:
             self.manifest: dict[str, Any] = files.read_json(manifest)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{manifest}: damaged ({e}); prepare the shards again") from None
-        if self.manifest.get("format") != FORMAT:
-            raise UserError(
-                f"{folder}: shards of format {self.manifest.get('format')}, not {FORMAT}; prepare them again"
-            )
+        if not isinstance(self.manifest, dict) or "format" not in self.manifest:
+            raise UserError(f"{manifest}: is no shards' manifest; make the shards with: panda data prepare CONF.yaml")
+        if self.manifest["format"] != FORMAT:
+            raise UserError(f"{folder}: shards of format {self.manifest['format']}, not {FORMAT}; prepare them again")
+        if lacking := [key for key in NEEDED if key not in self.manifest]:
+            raise UserError(f"{manifest}: damaged ('{lacking[0]}' is missing); prepare the shards again")
         self.seq_len: int = self.manifest["seq_len"]
         self.parts: list[dict[str, Any]] = self.manifest["parts"]
         dtype = np.dtype(self.manifest["token_dtype"])

@@ -19,7 +19,7 @@ __all__ = ["BAD", "LAYOUTS", "Drop", "Reading", "examples_of", "fixed_phrases", 
 # Causes that mean "this is not what the corpus says it is": they count towards `max_bad`. The others are expected.
 BAD = (
     *("bad_json", "bad_encoding", "bad_archive", "broken_array", "too_large"),  # read.py's
-    *("bad_record", "unknown_layout"),
+    *("bad_record", "unknown_layout", "no_by_key"),
 )
 
 
@@ -71,12 +71,12 @@ def examples_of(record: Any, reading: Reading) -> list[Example]:
 
 
 def group_of(record: Any, reading: Reading) -> str:
-    """What a record is sampled by: the value of its key `by`, a text or number. Drop("bad_record") if it has none."""
+    """What a record is sampled by: the value of its key `by`, a text or number. Drop("no_by_key") if it has none."""
     value = record.get(reading.by) if isinstance(record, dict) else None
     if isinstance(value, int | float):
         value = str(value) if abs(value) < 1 << 64 else ""  # Python refuses to write out what has thousands of digits
     if not isinstance(value, str) or not value.strip():
-        raise Drop("bad_record")
+        raise Drop("no_by_key")
     return value.strip()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -173,9 +172,7 @@ def _check(
             raise UserError(f"{number}: {count} is out of range; 1 or more is wanted")
     if str(out) in ("", "."):  # Path("") is "."
         raise UserError("out: name the folder for results.json and predictions.jsonl")
-    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{out}: can't be written ({existing} is not a folder of yours); choose another --out")
+    ranks.from_first(partial(files.check_writable, out))
 
 
 def read_documents(path: Path) -> list[str]:

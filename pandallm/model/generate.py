@@ -166,6 +166,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("seed", self.seed is None or 0 <= self.seed < 1 << 63, "0 or more, below 2^63"),
         ):
             if not good:
                 raise UserError(f"{name}: {getattr(self, name)} is out of range; {wanted} is wanted")

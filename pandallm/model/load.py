@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -65,7 +66,10 @@ def from_scratch(config: dict[str, Any] | str, vocab_size: int, seed: int, atten
         model_type = values.pop("model_type", "llama")
         if model_type not in SUPPORTED:
             raise UserError(f"init.config.model_type: '{model_type}' is not one of {', '.join(SUPPORTED)}")
-        built = AutoConfig.for_model(model_type, **values)
+        try:
+            built = AutoConfig.for_model(model_type, **values)
+        except (StrictDataclassError, TypeError, ValueError) as e:
+            raise UserError(f"init.config: {str(e).splitlines()[-1].strip()}") from None
     if built.vocab_size < vocab_size:
         raise UserError(f"init.config.vocab_size: {built.vocab_size} is less than the tokenizer's {vocab_size}")
     with torch.random.fork_rng(devices=[]):

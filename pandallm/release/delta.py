@@ -131,6 +131,7 @@ def make(base: Path, tuned: Path, out: Path) -> dict[str, Any]:
         return _summary(_read_manifest(out), start)
     if other := [name for name, t in now.items() if name in was and was[name].dtype != t.dtype]:
         log.warn(f"{len(other)} of {len(now)} tensors have another dtype than in the base and are stored whole")
+    files.check_writable(out.parent)
     with files.atomic_dir(out) as tmp:
         # Wide dtypes first, as safetensors itself orders them: every tensor of the result is then aligned.
         order = sorted(now.values(), key=lambda t: -ITEM_BYTES[t.dtype])
@@ -156,6 +157,7 @@ def apply(base: Path, delta: Path, out: Path) -> dict[str, Any]:
     free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
     if free < manifest.tuned_bytes:
         raise UserError(f"{out}: {manifest.tuned_bytes / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")
+    files.check_writable(out.parent)
     with files.atomic_dir(out) as tmp:
         _write_model(was, delta, manifest, tmp)
         for name in manifest.files:

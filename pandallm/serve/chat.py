@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 
@@ -87,6 +88,8 @@ def open_talk(name: str, chat_format: str | None, system: str | None, sampling: 
 def run(name: str, chat_format: str | None, system: str | None, sampling: generate.Sampling) -> None:
     """The loop at the terminal: reads lines until /exit or the input's end. Ctrl-C breaks off an answer."""
     talk = open_talk(name, chat_format, system, sampling)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401  (line editing; deletes a whole Chinese character, not a byte)
@@ -98,6 +101,8 @@ def run(name: str, chat_format: str | None, system: str | None, sampling: genera
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as e:
+            raise UserError(f"stdin: not UTF-8 at byte {e.start}: send it as UTF-8") from None
         if not terminal:
             print(f"你> {line}")  # a transcript shows both sides
         if line == "/exit":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pandallm import log
+from pandallm.config import UserError
 from pandallm.data.loader import Batch, Loader
 from pandallm.train.between import Between
 from pandallm.train.engine import Engine
@@ -42,6 +43,8 @@ def plan(conf: TrainConfig, loader: Loader) -> Plan:
         return Plan(conf.max_steps, None)
     steps = loader.steps(conf.epochs)
     rows = round(conf.epochs * len(loader.shards))
+    if steps < 1:
+        raise UserError(f"epochs: {conf.epochs} of {len(loader.shards)} rows is no row; train for more")
     return Plan(min(steps, conf.max_steps or steps), rows)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pandallm import config, files, log, prompt, ranks
 from pandallm import tokenizer as tokenizers
-from pandallm.config import UserError
+from pandallm.config import UserError, parse_json, read_text
 from pandallm.data.loader import Loader
 from pandallm.data.shards import Shards
 from pandallm.model import attention, checkpoint, load
@@ -36,6 +36,8 @@ def run(path: str, overrides: list[str]) -> dict[str, Any]:
     if record and record.get("finished"):
         log.say(f"{out}: trained already: {record['steps']} steps, loss {record['loss']:.4f}")
         return record
+    if log.rank() == 0:
+        files.check_writable(out)
     device = ranks.device()
     ranks.check_precision(conf.precision, device)
     start(conf.engine, device)
@@ -87,8 +89,8 @@ def _train(
     measure = Measure(conf.heldout, engine, tokenizer, shards.seq_len) if conf.heldout else None
     kept = []
     if log.rank() == 0:
-        files.write_json(out / "run.json", record)
         kept = trackers.start(list(conf.trackers), conf.project, out.name, settings, out / "trackers")
+        files.write_json(out / "run.json", record)
     progress = Progress(out, first_step, record, kept)
     between = Between(out, conf, engine, tokenizer, progress, measure, plan.total_steps)
     try:
@@ -120,7 +122,9 @@ def _record(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         if out.is_file() or (out.is_dir() and any(p.suffix != files.TEMPORARY for p in out.iterdir())):
             raise UserError(f"out: {out} holds something that isn't a run; choose another folder")
         return None
-    record: dict[str, Any] = files.read_json(out / "run.json")
+    record = parse_json(read_text(out / "run.json"), out / "run.json")
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise UserError(f"{out / 'run.json'}: is no run's record; choose another out or remove the folder")
     for key in sorted(settings.keys() | record["settings"].keys()):
         before, now = record["settings"].get(key), settings.get(key)
         if before != now and key not in FREE_TO_CHANGE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -48,6 +48,9 @@ class HeldOut(Config):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Config):
     """What `panda train` reads. Defaults are the original's recipe (RECIPE section 3)."""
 
@@ -68,7 +71,7 @@ class TrainConfig(Config):
     learning_rate: float = Field(1e-5, gt=0)
     schedule: Schedule = "warmup_decay"
     warmup_ratio: float = Field(0.01, ge=0, lt=1)
-    adam_betas: tuple[float, float] = (0.9, 0.99)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.99)
     adam_eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(5.0, gt=0)
@@ -78,7 +81,7 @@ class TrainConfig(Config):
     liger: bool = False  # Liger's kernels for norms, rotary positions and SwiGLU; a GPU is needed
     save_every: int = Field(250, ge=1)  # steps
     keep_last: int = Field(3, ge=1)  # checkpoints
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=1 << 32)
     heldout: HeldOut | None = None
     trackers: list[Literal["wandb", "swanlab", "trackio"]] = []
     project: str = "pandallm"  # the trackers' project
@@ -107,6 +110,9 @@ class TrainConfig(Config):
             raise ValueError("give model (to go on from one) or init (to start from scratch), one of them")
         if self.epochs is None and self.max_steps is None:
             raise ValueError("give epochs or max_steps")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict) or zero.get("stage", 1) not in (0, 1, 2, 3):
+            raise ValueError("deepspeed.zero_optimization: a mapping with the stage 0, 1, 2 or 3 is wanted")
         return self
 
 
