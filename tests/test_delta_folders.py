@@ -303,6 +303,14 @@ def test_no_room(pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "deep").exists()
 
 
+def test_folders_that_can_not_be_written(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, out = pair
+    (tmp_path / "file").touch()
+    for where in (tmp_path / "file" / "made", Path("/proc/made")):
+        refused(lambda where=where: delta.apply(base, out, where), "choose another folder")
+        refused(lambda where=where: delta.make(base, tuned, where), "choose another folder")
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

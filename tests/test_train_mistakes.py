@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import WriteYaml
-from test_equalities import config
+from test_equalities import config, panda
 
 from pandallm.config import UserError
 from pandallm.train import run as train
@@ -38,7 +40,7 @@ def test_mistakes(
     write_yaml: WriteYaml,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # not installed, whatever is
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed, whatever is
     with pytest.raises(UserError, match=said) as e:
         train.run(config(write_yaml, demo_shards, tmp_path / "run", **keys), [])
     assert "\n" not in str(e.value) and not (tmp_path / "run" / "run.json").exists()
@@ -60,3 +62,13 @@ def test_a_record_that_is_none(text: str, demo_shards: Path, tmp_path: Path, wri
     with pytest.raises(UserError, match=r"run.json.*: (not valid JSON|is no run's record)"):
         train.run(config(write_yaml, demo_shards, tmp_path / "run"), [])
     assert (tmp_path / "run" / "run.json").read_text() == text
+
+
+@pytest.mark.slow
+def test_a_mistake_that_deepspeed_finds(demo_shards: Path, tmp_path: Path, write_yaml: WriteYaml) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    keys = {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 1, "reduce_bucket_size": "x"}}}
+    command = panda("train", config(write_yaml, demo_shards, tmp_path / "run", **keys))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "panda: deepspeed: DeepSpeedZeroConfig: reduce_bucket_size: " in done.stderr
+    assert not (tmp_path / "run").exists()

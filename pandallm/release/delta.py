@@ -154,10 +154,10 @@ def apply(base: Path, delta: Path, out: Path) -> dict[str, Any]:
     _check_base(base, was, manifest)
     if _is_done(out, lambda: _check_tuned(out, manifest)):
         return _summary(manifest, start)
+    files.check_writable(out.parent)
     free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
     if free < manifest.tuned_bytes:
         raise UserError(f"{out}: {manifest.tuned_bytes / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")
-    files.check_writable(out.parent)
     with files.atomic_dir(out) as tmp:
         _write_model(was, delta, manifest, tmp)
         for name in manifest.files:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from pandallm.config import UserError
@@ -171,12 +172,17 @@ class DeepSpeedEngine:
         self.named: list[tuple[str, Any]] = [
             (name, p) for name, p in module.model.named_parameters() if p.requires_grad
         ]
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=adamw([p for _, p in self.named], conf),
-            config=self._settings(conf),
-            dist_init_required=False,
-        )
+        try:
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=adamw([p for _, p in self.named], conf),
+                config=self._settings(conf),
+                dist_init_required=False,
+            )
+        except ValidationError as e:
+            wrong = e.errors()[0]
+            key = ".".join(map(str, wrong["loc"]))
+            raise UserError(f"deepspeed: {e.title}: {key}: {wrong['msg']} (got {wrong['input']!r})") from None
         self.device = self.engine.device
         self._heartbeat = Heartbeat() if self.world > 1 else None
 
