@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,8 +148,17 @@ def test_damaged_checkpoint(
     train.run(conf, [])
     # A run that dies at step 14: with checkpoints of steps 6 and 12.
     real_step = loop.factor
-    monkeypatch.setattr(loop, "factor", lambda s, step, *a: 1 / 0 if step == 14 else real_step(s, step, *a))
     out = tmp_path / "damaged"
+
+    def dying(schedule: Any, step: int, *rest: Any) -> float:
+        if step == 14:
+            deadline = time.monotonic() + 100  # the save of step 12 goes on beside the steps
+            while checkpoint.steps(out) != [12, 6] and time.monotonic() < deadline:
+                time.sleep(0.05)
+            raise ZeroDivisionError
+        return real_step(schedule, step, *rest)
+
+    monkeypatch.setattr(loop, "factor", dying)
     with pytest.raises(ZeroDivisionError):
         train.run(conf, [f"out={out}"])
     monkeypatch.setattr(loop, "factor", real_step)

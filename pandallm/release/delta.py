@@ -131,7 +131,6 @@ def make(base: Path, tuned: Path, out: Path) -> dict[str, Any]:
         return _summary(_read_manifest(out), start)
     if other := [name for name, t in now.items() if name in was and was[name].dtype != t.dtype]:
         log.warn(f"{len(other)} of {len(now)} tensors have another dtype than in the base and are stored whole")
-    files.check_writable(out.parent)
     with files.atomic_dir(out) as tmp:
         # Wide dtypes first, as safetensors itself orders them: every tensor of the result is then aligned.
         order = sorted(now.values(), key=lambda t: -ITEM_BYTES[t.dtype])
@@ -154,7 +153,6 @@ def apply(base: Path, delta: Path, out: Path) -> dict[str, Any]:
     _check_base(base, was, manifest)
     if _is_done(out, lambda: _check_tuned(out, manifest)):
         return _summary(manifest, start)
-    files.check_writable(out.parent)
     free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
     if free < manifest.tuned_bytes:
         raise UserError(f"{out}: {manifest.tuned_bytes / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")
@@ -342,8 +340,10 @@ def _watch(items: Sequence[T], done: str) -> Iterator[T]:
 
 
 def _is_done(out: Path, check: Callable[[], object]) -> bool:
-    """Is the result in `out` already? False where nothing is there; UserError where it does not pass `check`."""
+    """Is the result in `out` already? False where nothing is there; UserError where it does not pass `check`, or where
+    it could not be made."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        files.check_writable(out.parent)
         return False
     try:
         check()
