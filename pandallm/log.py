@@ -7,11 +7,15 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pandallm import __version__, files
+
+T = TypeVar("T")
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "deepspeed", "vllm", "numpy")
 
@@ -29,6 +33,16 @@ def say(message: str) -> None:
 
 def warn(message: str) -> None:
     say(f"warning: {message}")
+
+
+def watch(items: Sequence[T], done: str) -> Iterator[T]:
+    """Tensors one after another, with a line now and then for who waits."""
+    last = time.monotonic()
+    for i, item in enumerate(items):
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            say(f"{done}: {i} of {len(items)} tensors")
+        yield item
 
 
 def versions() -> dict[str, str]:

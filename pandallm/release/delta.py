@@ -14,9 +14,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +46,6 @@ Count = Annotated[int, Field(ge=0)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Shape = tuple[int, ...]
 Model = dict[str, "Tensor"]
-T = TypeVar("T")
 
 
 class Tensor(NamedTuple):
@@ -134,7 +133,7 @@ def make(base: Path, tuned: Path, out: Path) -> dict[str, Any]:
     with files.atomic_dir(out) as tmp:
         # Wide dtypes first, as safetensors itself orders them: every tensor of the result is then aligned.
         order = sorted(now.values(), key=lambda t: -ITEM_BYTES[t.dtype])
-        entries = tuple(_encode(was.get(t.name), t, tmp) for t in _watch(order, "delta made"))
+        entries = tuple(_encode(was.get(t.name), t, tmp) for t in log.watch(order, "delta made"))
         for name in carried:
             shutil.copyfile(_inside(tuned, name), tmp / name)
         size, nbytes = sum(e.size for e in entries), sum(e.nbytes for e in entries)
@@ -168,7 +167,7 @@ def verify(base: Path, delta: Path, tuned: Path | None = None) -> dict[str, Any]
     start = time.monotonic()
     manifest, was = _read_manifest(delta), _open(base)
     _check_base(base, was, manifest)
-    for entry in _watch(manifest.tensors, "delta verified"):
+    for entry in log.watch(manifest.tensors, "delta verified"):
         _decode(was, delta, entry)
     if tuned is not None:
         _check_tuned(tuned, manifest)
@@ -261,7 +260,7 @@ def _write_model(was: Model, delta: Path, manifest: Manifest, folder: Path) -> N
             shards, end = [*shards, []], 0
         shards[-1].append(e)
         end += e.size
-    entries, where = _watch(manifest.tensors, "model written"), dict[str, str]()
+    entries, where = log.watch(manifest.tensors, "model written"), dict[str, str]()
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header, end = dict[str, Any](__metadata__={"format": "pt"}), 0
@@ -329,19 +328,8 @@ def _carried(folder: Path) -> dict[str, str]:
     return {name: files.hash_file(_inside(folder, name)) for name in names}
 
 
-def _watch(items: Sequence[T], done: str) -> Iterator[T]:
-    """The items, with a line now and then for who waits."""
-    last = time.monotonic()
-    for i, item in enumerate(items):
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            log.say(f"{done}: {i} of {len(items)} tensors")
-        yield item
-
-
 def _is_done(out: Path, check: Callable[[], object]) -> bool:
-    """Is the result in `out` already? False where nothing is there; UserError where it does not pass `check`, or where
-    it could not be made."""
+    """Is the result in `out` already? UserError where it does not pass `check`, or where it could not be made."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         files.check_writable(out.parent)
         return False
@@ -374,7 +362,7 @@ def _check_tuned(folder: Path, manifest: Manifest) -> None:
     model, carried = _open(folder), _carried(folder)
     odd = [name for name in carried | manifest.files if carried.get(name) != manifest.files.get(name)]
     odd += sorted(model.keys() ^ {e.name for e in manifest.tensors})
-    same_names = _watch([] if odd else manifest.tensors, "tuned model checked")
+    same_names = log.watch([] if odd else manifest.tensors, "tuned model checked")
     if odd := odd or [e.name for e in same_names if model[e.name].hash() != e.tuned_hash]:
         raise UserError(f"{folder}: not the tuned model of this delta: {odd[0]} differs, of {len(odd)} that do")
 
@@ -387,7 +375,7 @@ def _check_base(folder: Path, was: Model, manifest: Manifest) -> None:
     if not bad and (bad := [e for e in wanted if was[e.name].dtype != e.dtype]):
         cause = f"{was[bad[0].name].dtype} where {bad[0].dtype} is wanted: a conversion of the base to another dtype"
     if not bad:  # the headers agree: only now is it worth reading every byte
-        bad = [e for e in _watch(wanted, "base checked") if was[e.name].hash() != e.base_hash]
+        bad = [e for e in log.watch(wanted, "base checked") if was[e.name].hash() != e.base_hash]
         cause = "of the right shape and dtype with other values: another conversion, or tuned already"
     if bad:
         first = f"{len(bad)} of {len(wanted)} tensors differ, first {bad[0].name}"
