@@ -232,6 +232,7 @@ def evaluate(
     from pandallm.evaluate.checkpoints import models_of
 
     with ranks.group():
+        found = ranks.from_first(lambda: models_of(checkpoints)) if checkpoints else {"": model}
         results = {
             name: module.run(
                 str(folder),
@@ -251,7 +252,7 @@ def evaluate(
                 training or [],
                 backend,
             )
-            for name, folder in (models_of(checkpoints) if checkpoints else {"": model}).items()
+            for name, folder in found.items()
         }
     _print(results if checkpoints else results[""], as_json)
 

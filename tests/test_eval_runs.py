@@ -207,10 +207,16 @@ def test_a_stopped_run_is_kept_from_other_arguments(
     with pytest.raises(UserError, match="unfinished evaluation with another limit"):
         evaluation.run(tasks=["c3-m"], out=out, **(how | {"limit": 2}))
     assert sorted(p.name for p in (out / "unfinished").iterdir()) == before
+    # Told before anything long begins.
+    monkeypatch.setattr(evaluation, "_load", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="unfinished evaluation with another wordings"):
+        evaluation.run(tasks=["c3-m"], out=out, **(how | {"wordings": ["zh-bare"]}))
+    monkeypatch.undo()
+    monkeypatch.setattr(score, "choice", fail)
     monkeypatch.setattr(log, "code", lambda: "edited")  # nobody can take that back
     with pytest.raises(KeyboardInterrupt):
         evaluation.run(tasks=["c3-m"], out=out, **how)
-    assert "was begun with other code: begins again" in capsys.readouterr().err
+    assert "another version of the toolkit or a library: begins again" in capsys.readouterr().err
     monkeypatch.setattr(log, "commit", lambda: "another")  # that alone is nothing to an answer
     with pytest.raises(KeyboardInterrupt):
         evaluation.run(tasks=["c3-m"], out=out, **how)
@@ -222,7 +228,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path, name: str) -> None:
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    with pytest.raises(UserError, match=f"holds a {name} that is no evaluation's"):
+    with pytest.raises(UserError, match=f"holds {name}.*; remove what you don't need, or choose another --out"):
         evaluation.run(tasks=["c3-m"], out=tmp_path / "out", **BASE)
     assert path.read_text() == "mine" and [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
 
@@ -281,10 +287,20 @@ def test_compare_refuses_unlike_runs(finished: Path, tmp_path: Path) -> None:
         runs.compare(alone, finished)
     other = doctored(finished, tmp_path / "edited", lambda row: row)
     results = files.read_json(other / "results.json")
-    results["tasks"]["c3-m"]["data"] = "of the same ids and answers, but other texts"
+    results["tasks"]["c3-m"] |= {"data": "of the same ids and answers, but other texts", "shots": 2}
     files.write_json(other / "results.json", results)
     with pytest.raises(UserError, match=r"c3-m: .* were asked from different files"):
         runs.compare(finished, other)
+
+
+def test_what_else_differs_is_told(finished: Path, tmp_path: Path) -> None:
+    other = doctored(finished, tmp_path / "other", lambda row: row)
+    results = files.read_json(other / "results.json")
+    results["tasks"]["c3-m"]["shots"] = 2
+    files.write_json(other / "results.json", results | {"precision": "bf16"})
+    compared = report.comparison_table(runs.compare(finished, other))
+    assert "equally often; asked otherwise: shots 0 and 2, precision fp32 and bf16" in compared
+    assert "asked otherwise" not in report.comparison_table(runs.compare(finished, finished))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pandallm import cli, demo, files, tokenizer
@@ -20,7 +21,7 @@ from pandallm.data.questions import WORDINGS, letter
 from pandallm.evaluate import export, score, tasks, variants
 from pandallm.evaluate import run as evaluation
 from pandallm.evaluate.tasks import Question
-from pandallm.model import load
+from pandallm.model import generate, load
 
 DEMO = demo.ROOT / "eval"
 BASE: dict[str, Any] = {
@@ -65,7 +66,9 @@ def test_records_are_the_questions_as_panda_asks_them(tmp_path: Path) -> None:
             assert record["options"][record["gold"]] == question.options[question.gold]
             listed = "Options:\n" + "".join(f"{letter(i)}: {o}\n" for i, o in enumerate(question.options)) + "\n"
             assert listed in tasks.prompt_for(question, "original")
-            assert record["prompt"] == tasks.prompt_for(question, "original").replace(listed, "")
+            assert record["prompt"] == tasks.prompt_for(question, "original").replace(listed, "").replace(
+                "从选项中选择的答案", ""
+            )
     assert {len(r["letters"]) for r in records(tmp_path, "panda_c3-m_choice")} >= {2, 4}
     assert "阅读下面的文章" in (tmp_path / "panda_c3-m_choice.jsonl").read_text(encoding="utf-8")
 
@@ -77,7 +80,7 @@ def test_task_files(tmp_path: Path) -> None:
         assert conf["task"] == name and conf["tag"] == "panda" and conf["num_fewshot"] == 0
         assert conf["target_delimiter"] == " " and conf["doc_to_text"] == "prompt"
         assert conf["dataset_kwargs"] == {"data_files": {conf["test_split"]: f"{name}.jsonl"}}
-        assert conf["metadata"]["version"] == 1 and conf["metadata"]["truncated"] == 0
+        assert conf["metadata"]["version"] == 2 and conf["metadata"]["truncated"] == 0
         assert str(tmp_path) not in (tmp_path / f"{name}.yaml").read_text(encoding="utf-8")
     choice, cloze, generate = (conf_of(tmp_path, f"panda_c3-m_{p}") for p in ("choice", "cloze", "generate"))
     assert choice["output_type"] == cloze["output_type"] == "multiple_choice"
@@ -153,6 +156,27 @@ def test_special_tokens(tmp_path: Path) -> None:
         export._special_tokens(words, [replace(raw, ids=[*raw.ids, words.eos_token_id])])
 
 
+def test_a_models_own_generation_config_is_left_aside(tmp_path: Path) -> None:
+    """Greedy is greedy, here and, by the exported arguments, in whatever calls model.generate with them."""
+    folder = tmp_path / "model"
+    shutil.copytree(load.resolve("tiny"), folder)
+    own = {"repetition_penalty": 1.5, "suppress_tokens": list(range(300, 340)), "no_repeat_ngram_size": 2, "top_k": 5}
+    files.write_json(folder / "generation_config.json", own)
+    arguments: Any = (["c3-d"], DEMO, "dev", ["generate"], ["original"], tmp_path / "out")
+    export.run(str(folder), *arguments)
+    told = conf_of(tmp_path / "out", "panda_c3-d_generate")["generation_kwargs"]
+    neutral = {"repetition_penalty": 1.0, "suppress_tokens": None, "no_repeat_ngram_size": 0}
+    assert {key: told[key] for key in told if key not in ("until", "do_sample", "max_gen_toks")} == neutral
+    model, words = load.load(folder, torch.float32).eval(), tokenizer.load(folder)
+    prompts = [words(record["prompt"])["input_ids"] for record in records(tmp_path / "out", "panda_c3-d_generate")[:4]]
+    ours = generate.greedy_batch(model, prompts, 12, {words.eos_token_id}, 4096)
+    for ids, written in zip(prompts, ours, strict=True):
+        batch = torch.tensor([ids])
+        plain = model.generate(batch, do_sample=False, max_new_tokens=12, eos_token_id=words.eos_token_id, **neutral)
+        quirky = model.generate(batch, do_sample=False, max_new_tokens=12, eos_token_id=words.eos_token_id)
+        assert plain[0, len(ids) :].tolist()[: len(written)] == written != quirky[0, len(ids) :].tolist()
+
+
 def test_what_the_harness_can_not_read_is_refused() -> None:
     def question(*options: str) -> Question:
         return Question("c3-d", "1-0", "一", "问？", options, 0)
@@ -165,7 +189,7 @@ def test_what_the_harness_can_not_read_is_refused() -> None:
         variants.Asked(question("甲", "乙"), "original"),
         variants.Asked(replace(question("甲", ""), id="2"), "original"),
     ]
-    part = variants.Set(tasks.get("c3-d"), asked, "", {})
+    part = variants.Set(tasks.get("c3-d"), asked, "", "", {})
     assert export._askable(part, "cloze", "t") == (asked[:1], {"an empty option": 1})
     assert export._askable(part, "choice", "t") == (asked, {})
 

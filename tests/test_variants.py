@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,25 @@ def test_there_are_enough_wordings() -> None:
         assert len(shown) == len(WORDINGS)
     openings = "".join(w.reading for w in WORDINGS.values())
     assert "閱讀" in openings and "阅读" in openings and "Read" in openings
+
+
+@pytest.mark.parametrize("name", WORDINGS)
+def test_without_options_nobody_asks_for_one(name: str) -> None:
+    """Where the options' texts are the answers, a prompt that wants a letter would count against them."""
+    for question in (LOGIC, DIALOGUE, replace(LOGIC, context="")):
+        bare = tasks.prompt_for(replace(question, options=()), name)
+        opening = bare.split(question.context or question.question)[0]
+        assert not [word for word in ("选项", "選項", "字母", "单项", "單項", "letter", "option") if word in opening]
+
+
+def test_examples_that_give_the_question_away_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"question": f"问{i}", "options": ["甲", "乙"], "answer": "A"} for i in range(3)]
+    turned = [line | {"options": ["乙", "甲"], "answer": "B"} for line in lines]
+    for name, some in (("q", lines), ("t", turned)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some))
+    (tmp_path / "own.yaml").write_text("name: own\nfile: q.jsonl\ntrain_file: t.jsonl\n")
+    variants.sets([str(tmp_path / "own.yaml")], None, "test", shots=2)
+    assert "own: questions shown answered among their own examples: 2;" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", WORDINGS)

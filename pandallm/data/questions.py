@@ -21,6 +21,7 @@ class Wording:
     lead: str
     option: str = "{letter}: {option}"
     example: str = ""  # how an answered example ends, where not with the lead and the letter
+    unlisted: tuple[str, str] | None = None  # `reading` and `knowledge` where no options are listed, if others
 
     @property
     def template(self) -> str:
@@ -39,6 +40,7 @@ WORDINGS: dict[str, Wording] = {
         "Options:\n{options}\n\n",
         "本题的答案是：",
         example="The answer is {letter}",
+        unlisted=("阅读下面的文章并回答问题：\n\n", "回答问题：\n\n"),
     ),
     "zh-headings": Wording(
         "阅读下面的文章并从选项中选择的答案回答问题：\n\n",
@@ -47,6 +49,7 @@ WORDINGS: dict[str, Wording] = {
         "问题：\n{question}\n\n",
         "选项：\n{options}\n\n",
         "本题的答案是：",
+        unlisted=("阅读下面的文章并回答问题：\n\n", "回答问题：\n\n"),
     ),
     "zh-direct": Wording(
         "请阅读短文，回答后面的单项选择题，只写出正确选项的字母。\n\n",
@@ -56,6 +59,7 @@ WORDINGS: dict[str, Wording] = {
         "{options}\n",
         "答案：",
         "{letter}. {option}",
+        unlisted=("请阅读短文，回答后面的问题。\n\n", "请回答下面的问题。\n\n"),
     ),
     "zh-exam": Wording(
         "以下是一道阅读理解单项选择题，请根据材料选出正确答案。\n\n",
@@ -65,6 +69,7 @@ WORDINGS: dict[str, Wording] = {
         "【选项】\n{options}\n\n",
         "【答案】",
         "{letter}．{option}",
+        unlisted=("以下是一道阅读理解题，请根据材料作答。\n\n", "以下是一道题，请作答。\n\n"),
     ),
     "zh-person": Wording(
         "你是一位认真的考生。读完下面的文字，从可选的答案里选出最合适的一个。\n\n",
@@ -74,6 +79,7 @@ WORDINGS: dict[str, Wording] = {
         "可选的答案：\n{options}\n\n",
         "我选择的答案是",
         "{letter}、{option}",
+        unlisted=("你是一位认真的考生。读完下面的文字，回答提问。\n\n", "你是一位认真的考生。读完题目，回答提问。\n\n"),
     ),
     "zh-bare": Wording("", "", "{context}\n\n", "{question}\n", "{options}\n", "答案是", "{letter}. {option}"),
     "hant-read": Wording(
@@ -83,6 +89,7 @@ WORDINGS: dict[str, Wording] = {
         "問題：\n{question}\n\n",
         "選項：\n{options}\n\n",
         "本題的答案是：",
+        unlisted=("請閱讀下面的文章，並回答問題：\n\n", "請回答問題：\n\n"),
     ),
     "hant-exam": Wording(
         "以下是單項選擇題，請依據短文作答，只須寫出選項的字母。\n\n",
@@ -92,6 +99,7 @@ WORDINGS: dict[str, Wording] = {
         "{options}\n",
         "正確答案：",
         "({letter}) {option}",
+        unlisted=("請依據短文作答。\n\n", "請作答。\n\n"),
     ),
     "en-read": Wording(
         "Read the text and answer the question with the letter of the right option.\n\n",
@@ -101,6 +109,7 @@ WORDINGS: dict[str, Wording] = {
         "Options:\n{options}\n\n",
         "Answer:",
         example="Answer: {letter}",
+        unlisted=("Read the text and answer the question.\n\n", "Answer the question.\n\n"),
     ),
     "en-exam": Wording(
         "The following is a multiple choice question about a passage. Choose the best option.\n\n",
@@ -111,6 +120,7 @@ WORDINGS: dict[str, Wording] = {
         "The correct option is",
         "{letter}. {option}",
         "The correct option is {letter}",
+        unlisted=("The following is a question about a passage.\n\n", "The following is a question.\n\n"),
     ),
 }
 
@@ -135,7 +145,8 @@ def text_of(
     """
     words = WORDINGS[wording]
     on_text = bool(context) if on_text is None else on_text
-    opening = words.reading if on_text else words.knowledge
+    openings = (words.reading, words.knowledge)
+    opening = (words.unlisted if words.unlisted and not options else openings)[0 if on_text else 1]
     return opening + "".join(examples) + _body(words, context, question, options, on_text) + words.lead
 
 

@@ -22,6 +22,7 @@ from pandallm.config import UserError
 from pandallm.data.questions import letter
 from pandallm.evaluate import layouts, score, variants
 from pandallm.evaluate.tasks import TASKS, Question
+from pandallm.model import generate as generation
 from pandallm.model import load as models
 
 CHAT_FORMATS = ("none", "model", *prompt.TEMPLATES)
@@ -62,7 +63,8 @@ def run(
         if about["truncated"]:
             log.warn(f"{name}: {about['truncated']} contexts were cut to the model's window")
         questions = [a.question for a in asked]
-        conf = _frame(name, split, lead) | _how(name, protocol, questions, words) | {"metadata": about}
+        how = _how(name, protocol, questions, words, folder)
+        conf = _frame(name, split, lead) | how | {"metadata": about}
         written[f"{name}.yaml"] = yaml.safe_dump(conf, allow_unicode=True, sort_keys=False)
         written[f"{name}.jsonl"] = "".join(map(_record, asked, read))
         prompts += read
@@ -137,11 +139,15 @@ def _frame(name: str, split: str, lead: str) -> dict[str, Any]:
     }
 
 
-def _how(name: str, protocol: str, questions: Sequence[Question], words: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _how(
+    name: str, protocol: str, questions: Sequence[Question], words: PreTrainedTokenizerBase, folder: Path
+) -> dict[str, Any]:
     """How a protocol's answer is read off."""
     if protocol == "generate":
         filters = [{"function": "regex", "regex_pattern": _pattern(name, questions)}, {"function": "take_first"}]
         limits = {"until": _marks(words), "do_sample": False, "max_gen_toks": score.MAX_NEW_TOKENS}
+        # What the model's own generation config asks for besides would hold in the harness.
+        limits |= {key: generation.PLAIN[key] for key in generation.not_plain(models.generation_config(folder))}
         return {
             "output_type": "generate_until",
             "generation_kwargs": limits,

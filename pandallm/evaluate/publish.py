@@ -80,6 +80,8 @@ def _expanded(folders: Sequence[Path]) -> list[Path]:
         inner = sorted(path.parent for path in folder.glob("step-*/results.json"))
         if not (folder / "results.json").exists() and inner:
             found += inner
+            for other in sorted(set(folder.glob("step-*")) - set(inner)):
+                log.warn(f"{other}: its evaluation isn't finished: left out")
         elif (folder / "run.json").exists() and not (folder / "results.json").exists():
             raise UserError(f"{folder}: a training run; evaluate it first: panda eval --checkpoints {folder} --out DIR")
         else:
@@ -301,12 +303,28 @@ def _bits(found: list[Run]) -> Section:
 
 
 def _made(found: list[Run]) -> Section:
-    lines = [["model", "name", "split", "limit", "chat format", "precision", "device", "seconds", "commit", "folder"]]
+    lines = [
+        [
+            "model",
+            "name",
+            "split",
+            "limit",
+            "chat format",
+            "shots",
+            "orders",
+            "precision",
+            "backend",
+            "device",
+            "seconds",
+        ]
+        + ["commit", "folder"]
+    ]
     for run in found:
         given, entry = run.results.get("arguments", {}), next(iter(run.entries.values()))
         what = (
             *(run.results.get("model"), entry.get("split"), given.get("limit") or "all", entry.get("chat_format")),
-            *(run.results.get("precision"), run.results.get("device"), run.results.get("seconds")),
+            *(entry.get("shots"), entry.get("permute"), run.results.get("precision"), given.get("backend")),
+            *(run.results.get("device"), run.results.get("seconds")),
             *((run.results.get("commit") or "")[:10] or "unknown", run.folder),
         )
         lines.append([run.label, *("" if value is None else str(value) for value in what)])

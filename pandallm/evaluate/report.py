@@ -83,10 +83,10 @@ def summary(rows: Sequence[Row], protocol: str) -> Entry:
             entry |= _accuracy(rows, f"_{kind}", _by(key))
             if kind == "strict":
                 entry["no_letter_strict"] = sum(row[key] is None for row in rows)
-    return entry | _of_orders(rows) | _of_flags(rows) | _of_subjects(rows)
+    return entry | _of_orders(rows, protocol) | _of_flags(rows) | _of_subjects(rows)
 
 
-def _of_orders(rows: Sequence[Row]) -> Entry:
+def _of_orders(rows: Sequence[Row], protocol: str) -> Entry:
     entry: Entry = {}
     if any(row.get("order") for row in rows):
         given = [row for row in rows if not row.get("order") or row["order"] == sorted(row["order"])]
@@ -95,6 +95,7 @@ def _of_orders(rows: Sequence[Row]) -> Entry:
     if len(counts) == len(rows):  # rows of an older version don't tell
         odds = {row["id"]: 1 / count for row, count in counts}
         entry["chance"] = math.fsum(odds.values()) / len(odds)
+    if len(counts) == len(rows) and protocol != "cloze":  # which shows no options
         shown = [(count, _place(row["gold"]), _place(row["pred"])) for row, count in counts]
         entry["position_bias"] = statistics.position_bias(shown)
     return entry
@@ -247,7 +248,14 @@ def comparison_cells(comparison: dict[str, Any]) -> Cells:
 
 
 def verdicts(comparison: dict[str, Any]) -> list[str]:
-    return [f"{task}, {protocol}: {e['verdict']}" for (task, protocol), e in entries(comparison).items()]
+    """A line each; what else than the model differs between the runs stands behind it."""
+    lines = []
+    for (task, protocol), entry in entries(comparison).items():
+        other = [f"{name.replace('_', ' ')} {a} and {b}" for name, (a, b) in entry.get("asked_otherwise", {}).items()]
+        lines.append(
+            f"{task}, {protocol}: {entry['verdict']}" + (f"; asked otherwise: {', '.join(other)}" * bool(other))
+        )
+    return lines
 
 
 def comparison_table(comparison: dict[str, Any]) -> str:

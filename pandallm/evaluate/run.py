@@ -29,6 +29,7 @@ from pandallm.evaluate.tasks import TASKS
 from pandallm.evaluate.unfinished import Unfinished
 from pandallm.evaluate.variants import Asked
 from pandallm.evaluate.vllm import Vllm
+from pandallm.model import generate as generation
 from pandallm.model import load as models
 from pandallm.model import trees
 
@@ -71,7 +72,7 @@ def run(
     documents = {path.name: read_documents(path) for path in texts}
     folder = models.resolve(model)
     precision = _precision(precision)
-    hashes = {name: part.data for name, part in sets.items()} | {path.name: files.hash_file(path) for path in texts}
+    hashes = _hashes(sets, texts)
     how: dict[str, Any] = {"split": split, "shots": shots, "permute": permute}
     arguments = {
         "model": ranks.from_first(partial(_hash_model, folder)),
@@ -92,20 +93,28 @@ def run(
     flagged = seen.flags([a.question for part in sets.values() for a in part.asked], training)
     words = tokenizer.load(folder)
     how["chat_format"] = score.use_format(words, chat_format)
-    asking = Asking(_load(folder, precision, backend), words, how["chat_format"], token_budget)
-    kept = Unfinished(out, arguments | {"code": log.code(), "versions": log.versions()})
+    asking = Asking(_load(folder, precision, backend, protocols), words, how["chat_format"], token_budget)
+    kept = Unfinished(out, arguments)
     results: dict[str, Any] = {"model": model, "tasks": {}, "bits_per_character": {}, "arguments": arguments}
     rows: list[report.Row] = []
     for name, part in sets.items():
         results["tasks"][name] = _evaluate(asking, part, protocols, how, kept, rows, flagged)
     for name, found in documents.items():
         results["bits_per_character"][name] = {"data": hashes[name]} | asking.bits(name, found)
-    results |= {"precision": precision, "seconds": round(time.monotonic() - started, 1)}
+    results |= {"precision": precision, "seconds": round(time.monotonic() - started + kept.before, 1)}
     _write(out, results, rows)
     return results
 
 
-def _load(folder: Path, precision: str, backend: str) -> PreTrainedModel | Vllm:
+def _hashes(sets: dict[str, variants.Set], texts: Sequence[Path]) -> dict[str, str]:
+    """Of the files that questions, examples and texts come from."""
+    examples = {f"{name}, examples": part.examples for name, part in sets.items() if part.examples}
+    return {n: part.data for n, part in sets.items()} | examples | {path.name: files.hash_file(path) for path in texts}
+
+
+def _load(folder: Path, precision: str, backend: str, protocols: Sequence[str]) -> PreTrainedModel | Vllm:
+    if "generate" in protocols and (other := generation.not_plain(models.generation_config(folder))):
+        log.warn(f"generate is greedy: the model's generation_config is left aside ({', '.join(other)})")
     if backend == "vllm":
         return Vllm(folder, PRECISIONS[precision])
     device = ranks.device()
@@ -210,8 +219,9 @@ def _hash_model(folder: Path) -> str:
 
 
 def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """What a finished run with the same arguments wrote; UserError if OUT is another evaluation's."""
+    """What a finished run with the same arguments wrote; UserError if OUT is another evaluation's, finished or not."""
     if not (out / "results.json").exists():
+        unfinished.check(out, arguments)
         return None
     results = runs.results(out)
     before = results.get("arguments", {})
@@ -280,6 +290,7 @@ def _evaluate(
     """
     task, shots = part.task.name, how["shots"]
     how = how | {"data": part.data} | ({"left_out": part.left_out} if part.left_out else {})
+    how |= {"examples": part.examples} if part.examples else {}
     by_wording: dict[str, list[Asked]] = {}
     for asked in part.asked:
         by_wording.setdefault(asked.wording, []).append(asked)

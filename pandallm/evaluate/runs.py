@@ -77,18 +77,25 @@ def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
             if key not in rows:
                 raise UserError(f"{run / 'predictions.jsonl'}: has no line of {' by '.join(key)}; evaluate again")
         _same_questions(key[0], rows_a[key], rows_b[key], run_a, run_b)
-        data_a, data_b = ((have[key].get("data"), have[key].get("shots")) for have in (have_a, have_b))
-        if data_a[0] != data_b[0] and data_a[1] == data_b[1]:  # with other --shots, other files make the hash
+        if have_a[key].get("data") != have_b[key].get("data"):
             raise UserError(
                 f"{key[0]}: {run_a} and {run_b} were asked from different files (their hashes differ): evaluate both"
                 " on the same"
             )
         entry = {"protocol": key[1], **report.compare(rows_a[key], rows_b[key])}
+        if other := {name: told for name, told in _how(both, have_a[key], have_b[key]).items() if told[0] != told[1]}:
+            entry["asked_otherwise"] = other
         if key[0] in found:
             found[key[0]].setdefault("protocols", {})[key[1]] = entry
         else:
             found[key[0]] = entry
     return {"a": both[0]["model"], "b": both[1]["model"], "tasks": found}
+
+
+def _how(both: list[Any], a: Row, b: Row) -> dict[str, list[Any]]:
+    """What may differ between two runs besides the model, with both values."""
+    told = {name: [entry.get(name) for entry in (a, b)] for name in ("chat_format", "shots", "examples")}
+    return told | {"precision": [results.get("precision") for results in both]}
 
 
 def _same_questions(task: str, a: list[Row], b: list[Row], run_a: Path, run_b: Path) -> None:

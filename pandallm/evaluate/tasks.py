@@ -277,12 +277,12 @@ _AGIEVAL = ("logiqa-zh", "jec-qa-kd", "jec-qa-ca", "gaokao-chinese", "gaokao-geo
 )
 
 TASKS: dict[str, Task] = {
-    "c3-d": Task(("c3/c3-d-{split}.json", "c3-d-{split}.json"), layouts.c3, 1, _C3),
-    "c3-m": Task(("c3/c3-m-{split}.json", "c3-m-{split}.json"), layouts.c3, 1, _C3),
+    "c3-d": Task(("c3/c3-d-{split}.json", "c3-d-{split}.json"), layouts.c3, 2, _C3),
+    "c3-m": Task(("c3/c3-m-{split}.json", "c3-m-{split}.json"), layouts.c3, 2, _C3),
     "logiqa-v2": Task(
         ("logiqa_v2/{split}_zh.txt", "{split}_zh.txt"),
         layouts.logiqa,
-        1,
+        2,
         _LOGIQA,
         train_files=("logiqa_v2/{split}_zh*.txt", "{split}_zh*.txt"),
     ),
@@ -292,7 +292,7 @@ TASKS: dict[str, Task] = {
     "cmmlu": Task(
         ("cmmlu/{split}/*.csv", "data/{split}/*.csv", "{split}/*.csv"),
         partial(layouts.table, question="Question", answer="Answer"),
-        1,
+        2,
         f"https://github.com/haonan-li/CMMLU ({_CC})",
         splits=("dev", "test"),
         examples="dev",
@@ -301,7 +301,7 @@ TASKS: dict[str, Task] = {
     "ceval": Task(
         ("ceval/{split}/*_{split}.csv", "ceval-exam/{split}/*_{split}.csv", "{split}/*_{split}.csv"),
         partial(layouts.table, question="question", answer="answer"),
-        1,
+        2,
         f"https://huggingface.co/datasets/ceval/ceval-exam ({_CC})",
         splits=("dev", "val"),
         examples="dev",
@@ -311,7 +311,7 @@ TASKS: dict[str, Task] = {
     "agieval": Task(
         ("agieval/*.jsonl", "data/v1_1/*.jsonl", "data/v1/*.jsonl", "*.jsonl"),
         layouts.agieval,
-        3,
+        4,
         "https://github.com/ruixiangcui/AGIEval (each set has its own licence; JEC-QA: https://jecqa.thunlp.org)",
         splits=("test",),
         examples="",
@@ -321,7 +321,7 @@ TASKS: dict[str, Task] = {
     "gaokao": Task(
         ("gaokao/20*_MCQs.json", "Data/Objective_Questions/20*_MCQs.json", "20*_MCQs.json"),
         layouts.gaokao,
-        3,
+        4,
         "https://github.com/OpenLMLab/GAOKAO-Bench (Apache-2.0)",
         splits=("test",),
         examples="",

@@ -102,11 +102,13 @@ def ask(
 
 @dataclass(frozen=True)
 class Set:
-    """A task's questions as they are asked. `data`: hash of the files they and their examples come from."""
+    """A task's questions as they are asked. `data`: hash of the files they come from; `examples`: of their examples',
+    "" where they have none."""
 
     task: Task
     asked: list[Asked]
     data: str
+    examples: str
     left_out: dict[str, int]  # questions by cause
 
 
@@ -139,11 +141,10 @@ def sets(
         examples = task_files.examples(text, data, split, shots) if shots else {}
         for subject in {question.subject for question in questions} - examples.keys() if shots else ():
             raise UserError(f"{text}: the subject {subject} has no examples; leave --shots out")
-        paths = task_files.find(text, data, split) + (task_files.find(text, data, task.examples) if shots else [])
-        hashes = [files.hash_file(path) for path in paths]
-        digest = hashes[0] if len(hashes) == 1 else files.hash_json(hashes)
-        found[task.name] = Set(task, ask(questions, names, permute, examples), digest, left_out)
-        _tell(task, questions, left_out)
+        hashed = _hash(task_files.find(text, data, split))
+        hashed_examples = _hash(task_files.find(text, data, task.examples)) if shots else ""
+        found[task.name] = Set(task, ask(questions, names, permute, examples), hashed, hashed_examples, left_out)
+        _tell(task, questions, left_out, examples)
     return found
 
 
@@ -157,7 +158,23 @@ def _first(questions: Iterable[Question], limit: int | None) -> list[Question]:
     return [question for of_subject in chosen.values() for question in of_subject[:limit]]
 
 
-def _tell(task: Task, questions: Sequence[Question], left_out: Mapping[str, int]) -> None:
+def _hash(paths: Sequence[Path]) -> str:
+    hashes = [files.hash_file(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else files.hash_json(hashes)
+
+
+def _tell(
+    task: Task,
+    questions: Sequence[Question],
+    left_out: Mapping[str, int],
+    examples: Mapping[str, Sequence[Question]],
+) -> None:
+    def said(question: Question) -> tuple[str, str, frozenset[str]]:
+        return question.context, question.question, frozenset(question.options)
+
+    shown = {subject: set(map(said, some)) for subject, some in examples.items()}
+    if leaked := sum(said(question) in shown.get(question.subject, ()) for question in questions):
+        log.warn(f"{task.name}: questions shown answered among their own examples: {leaked}; they tell nothing")
     if left_out:
         log.warn(f"{task.name}: questions left out, {sum(left_out.values())} in all: {task_files.counts(left_out)}")
     duplicates = sum(question.duplicate_options for question in questions)

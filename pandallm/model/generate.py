@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -146,6 +147,19 @@ def _numbers(logits: torch.Tensor) -> torch.Tensor:
     if logits.isnan().any():
         raise UserError("the model's logits are not numbers (NaN): its weights are damaged, or try precision fp32")
     return logits
+
+
+# What a model's generation_config.json may ask for beside greedy decoding -> the value that asks for nothing.
+PLAIN: dict[str, Any] = {
+    **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1, "min_new_tokens": None},
+    **{"suppress_tokens": None, "begin_suppress_tokens": None, "bad_words_ids": None, "forced_eos_token_id": None},
+}
+
+
+def not_plain(config: GenerationConfig | None) -> dict[str, Any]:
+    """What a generation config has that would make greedy decoding something else; `greedy_batch` leaves it aside."""
+    told = {name: getattr(config, name, None) for name in PLAIN}
+    return {name: value for name, value in told.items() if value not in (None, [], PLAIN[name])}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from pandallm.config import UserError
@@ -83,6 +89,11 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}: config.json does not load: {str(e).splitlines()[0]}") from None
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """A model folder's generation_config.json, None where it has none."""
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
