@@ -117,3 +117,16 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     conf.write_text(yaml.safe_dump(keys), encoding="utf-8")
     prepare.run(str(conf), [])
     return folder / "shards"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Short texts: each fits into a row, so that both ways of measuring read them alike."""
+    lines = [
+        json.loads(line)
+        for line in (ROOT / "pandallm/demo/heldout/news_zh.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    found = [next(value for value in line.values() if len(str(value)) > 80)[:60] for line in lines]
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in found), encoding="utf-8")
+    return path

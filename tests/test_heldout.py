@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, WriteYaml
+from conftest import WriteYaml
 from pydantic import ValidationError
 from test_equalities import config, metrics
 
@@ -20,18 +20,6 @@ from pandallm.model import load
 from pandallm.train import heldout
 from pandallm.train import run as train
 from pandallm.train.settings import HeldOut
-
-HELDOUT = ROOT / "pandallm" / "demo" / "heldout"
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """Short texts: each fits into a row, so that both ways of measuring read them alike."""
-    lines = [json.loads(line) for line in (HELDOUT / "news_zh.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = [next(value for value in line.values() if len(str(value)) > 80)[:60] for line in lines]
-    path = tmp_path / "short.jsonl"
-    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in found), encoding="utf-8")
-    return path
 
 
 def section(path: Path, **more: Any) -> dict[str, Any]:

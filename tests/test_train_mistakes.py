@@ -29,6 +29,11 @@ SCRATCH = {"config": {"hidden_size": 10, "num_attention_heads": 4}, "tokenizer":
         ({"model": None, "init": SCRATCH}, r"init.config: .*10"),
         ({"deepspeed": {"zero_optimization": {"stage": 7}}}, "deepspeed.zero_optimization: a mapping with the stage"),
         ({"deepspeed": {"zero_optimization": 3}}, "deepspeed.zero_optimization: a mapping with the stage"),
+        (
+            {"deepspeed": {"gradient_clipping": 1.0}},
+            "deepspeed.gradient_clipping: leave it out; max_grad_norm decides it",
+        ),
+        ({"deepspeed": {"train_batch_size": 8}}, "deepspeed.train_batch_size: leave it out; global_batch_size"),
         ({"trackers": ["wandb"]}, "wandb"),
     ],
 )

@@ -219,9 +219,12 @@ def newest(out: Path) -> Path | None:
     return None
 
 
-def prune(out: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what killed runs left."""
-    for step in steps(out)[keep:]:
+def prune(out: Path, keep: int, newest: int) -> None:
+    """Removes all but the `keep` checkpoints up to that of step `newest`, and what killed runs left. What is newer was
+    damaged: the run went back behind it."""
+    there = steps(out)
+    kept = [step for step in there if step <= newest][:keep]
+    for step in set(there) - set(kept):
         shutil.rmtree(folder_of(out, step))
     for path in (out / "checkpoints").glob(f"*{files.TEMPORARY}"):
         shutil.rmtree(path, ignore_errors=True)

@@ -69,8 +69,10 @@ class Between:
 
     def after(self, step: int, reports: list[float]) -> str | None:
         """Saves, measures; why to stop, or None."""
-        self.checkpoints.settle(*reports[:2])
+        # The best model of a step comes before its checkpoint: a run that goes on from that doesn't write it again.
         self.best.settle(*reports[2:4])
+        if not self.best.busy:
+            self.checkpoints.settle(*reports[:2])
         reason = None
         if self.measure and (step % self.measure.conf.every == 0 or step == self.total_steps):
             reason = self.measured(step)
@@ -105,18 +107,18 @@ class Between:
     def save(self, step: int, keep_all: bool = False) -> None:
         """Begins a checkpoint; training goes on once the copies are made, and the one before is written."""
         self.progress.sync()
-        self.checkpoints.wait(self.engine.total)
+        self.finish()
         content, rest = self._model("model/")
         if pieces := self.engine.pieces():
             content[f"state-{self._rank:05d}.safetensors"] = pieces
         state = {"step": step, "state": {"ranks": self.engine.world, **self.engine.state()}}
-        then = None if keep_all or self._rank else partial(checkpoint.prune, self.out, self.conf.keep_last)
+        then = None if keep_all or self._rank else partial(checkpoint.prune, self.out, self.conf.keep_last, step)
         self.checkpoints.begin(checkpoint.folder_of(self.out, step), content, rest, state, then)
 
     def finish(self) -> None:
         """Waits for what is being written."""
-        self.checkpoints.wait(self.engine.total)
         self.best.wait(self.engine.total)
+        self.checkpoints.wait(self.engine.total)
 
     def publish_model(self) -> bool:
         """Writes OUT/model; whether that worked."""

@@ -21,7 +21,7 @@ from pandallm.data.loader import Batch
 from pandallm.model.checkpoint import Pieces, Tensors
 from pandallm.ranks import Heartbeat
 from pandallm.train.objectives import CausalLM
-from pandallm.train.settings import TrainConfig
+from pandallm.train.settings import OURS, TrainConfig
 
 DTYPES = {"bf16": torch.bfloat16, "bf16_pure": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -189,7 +189,7 @@ class DeepSpeedEngine:
     def _settings(self, conf: TrainConfig) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on offloaded state too
-            **conf.deepspeed,
+            **{key: value for key, value in conf.deepspeed.items() if key not in OURS},
             "zero_optimization": conf.zero_optimization,
             "train_micro_batch_size_per_gpu": conf.micro_batch_size,
             "gradient_accumulation_steps": -(-conf.global_batch_size // (conf.micro_batch_size * self.world)),
@@ -228,6 +228,8 @@ class DeepSpeedEngine:
             group["lr"] = lr
         grads = [p.grad for _, p in self.named if p.grad is not None] if self.plain else []
         norm = float(nn.utils.get_total_norm(grads)) if grads else None
+        if norm is not None and not math.isfinite(norm):
+            return norm  # stages 1 to 3 leave the weights alone by themselves
         self.engine.step()
         return float(self.engine.get_global_grad_norm()) if norm is None else norm
 

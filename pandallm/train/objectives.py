@@ -48,7 +48,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         """Once only: the gradients are scaled where they lie."""
         (upstream,) = grads
-        hidden, weight = (None if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.grads)
+        hidden, weight = (None if g is None else g.mul_(upstream) for g in ctx.grads)
         del ctx.grads
         return hidden, weight, None
 
@@ -94,7 +94,10 @@ class CausalLM(torch.nn.Module):
         """Sum of -log p over the batch's trained tokens, fp32 scalar."""
         # Only what is trained goes through the head: in instruction data that is a part of the positions.
         trained = self.hidden(batch)[0, batch.trained_at]  # [N, D]
-        loss: torch.Tensor = HeadLoss.apply(trained, self.model.get_output_embeddings().weight, batch.targets)
+        weight = self.model.get_output_embeddings().weight
+        if not torch.is_grad_enabled():  # which HeadLoss can't see: it would make the weight's gradient for nothing
+            weight = weight.detach()
+        loss: torch.Tensor = HeadLoss.apply(trained, weight, batch.targets)
         return loss
 
 

@@ -56,13 +56,18 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _numel(parameter: torch.Tensor) -> int:
+    """Of the whole weight, where ZeRO-3 has parted it too."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def batch_flops(model: PreTrainedModel, batches: list[Batch]) -> float:
     """Forward and backward FLOPs of batches: 6 a weight and token in the blocks, 6 a weight and *trained* token in the
     head (the others don't pass it), 6 L² a layer and attention width in causal attention. Recomputation isn't counted.
     Source: PaLM (arXiv 2204.02311), appendix B.
     """
-    head = model.get_output_embeddings().weight.numel()
-    blocks = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
+    head = _numel(model.get_output_embeddings().weight)
+    blocks = sum(_numel(p) for layer in model.model.layers for p in layer.parameters())
     c = model.config
     width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     total = 0.0

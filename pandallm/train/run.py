@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from pandallm.config import UserError, parse_json, read_text
 from pandallm.data.loader import Loader
 from pandallm.data.shards import Shards
 from pandallm.model import attention, checkpoint, load
-from pandallm.train import faults, loop, selftest, trackers
+from pandallm.train import faults, heldout, loop, selftest, trackers
 from pandallm.train.between import BY_SIGNAL, Between
 from pandallm.train.engine import DTYPES, ENGINES, Engine, start
 from pandallm.train.heldout import Measure
@@ -94,18 +95,28 @@ def _train(
     progress = Progress(out, first_step, record, kept)
     between = Between(out, conf, engine, tokenizer, progress, measure, plan.total_steps)
     try:
-        if measure and first_step == 1:
+        if measure and first_step == 1 and not progress.heldout:
             between.measured(0)
         flops = partial(batch_flops, engine.module.model)
-        record["stopped"] = loop.train(engine, loader, conf, plan, first_step, flops, progress, between)
+        # Killed after the measurement that ended it, the run has ended all the same.
+        record["stopped"] = measure and first_step > 1 and heldout.why_stop(measure.conf, progress.heldout) or None
+        if not record["stopped"]:
+            record["stopped"] = loop.train(engine, loader, conf, plan, first_step, flops, progress, between)
         between.finish()
         if record["stopped"] != BY_SIGNAL:
             _finish(out, between, record, progress)
     except loop.NonFinite as e:
         faults.keep_for_replay(out, e, shards, engine, between)
+        record["stopped"] = str(e)
         raise UserError(f"{e}; {out / faults.REPORT} says more, and the same command replays the step") from None
+    except BaseException as e:
+        record["stopped"] = f"{type(e).__name__}: {e}"
+        raise
     finally:
         between.stop.close()
+        if log.rank() == 0 and not record["finished"]:
+            with suppress(OSError):  # a full disk: the page says it too
+                files.write_json(out / "run.json", record)
         progress.page()
         progress.close(failed=not record["finished"])
     return record
@@ -159,7 +170,8 @@ def _model(
         )
     if not resumed and conf.init:
         model = load.from_scratch(conf.init.config, len(tokenizer), conf.seed, attention.PACKED)
-        torch.nn.Module.to(model, dtype)
+        for parameter in model.parameters():  # not the buffers: positions' frequencies stay fp32, as in a loaded model
+            parameter.data = parameter.data.to(dtype)
     window = int(model.config.max_position_embeddings)
     if shards.seq_len > window:
         raise UserError(
@@ -169,6 +181,8 @@ def _model(
         log.say(f"vocabulary grown by {added} to {len(tokenizer)}")
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    # Nothing is padded here. Where pad is a token that texts hold too (often eos), its embedding is trained like any.
+    cast(torch.nn.Embedding, model.get_input_embeddings()).padding_idx = None
     _prepare(model, conf)
     return model.train(), tokenizer
 

@@ -24,8 +24,11 @@ def check(module: CausalLM, shards: Shards, device: torch.device) -> None:
     Every rank looks at the same row, which ZeRO-3 needs.
     """
     documents = _documents(shards)
+    training = module.training
+    module.eval()  # dropout would draw anew
     packed = module.hidden(collate(documents, rows=[]).to(device))[0].float()
     alone = torch.cat([module.hidden(collate([d], rows=[]).to(device))[0].float() for d in documents])
+    module.train(training)
     error = float((packed - alone).norm(dim=-1).max() / alone.norm(dim=-1).mean())
     dtype = next(module.parameters()).dtype
     if not error <= TOLERANCE[dtype] and torch.isfinite(alone).all():

@@ -48,6 +48,16 @@ class HeldOut(Config):
         return self
 
 
+# Keys of DeepSpeed's that would say again, or otherwise, what these say.
+OURS = {
+    "gradient_clipping": "max_grad_norm",
+    "optimizer": "learning_rate, adam_betas, adam_eps and weight_decay",
+    "scheduler": "schedule and warmup_ratio",
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_size",
+}
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -113,6 +123,9 @@ class TrainConfig(Config):
         zero = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, dict) or zero.get("stage", 1) not in (0, 1, 2, 3):
             raise ValueError("deepspeed.zero_optimization: a mapping with the stage 0, 1, 2 or 3 is wanted")
+        for key in self.deepspeed.keys() & OURS.keys():
+            if self.deepspeed[key] != "auto":
+                raise ValueError(f"deepspeed.{key}: leave it out; {OURS[key]} decides it")
         return self
 
 
