@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -341,7 +342,7 @@ def _skeleton(
         at = found + len(stand_in or "")
 
     def edge(place: int) -> Edge:
-        number = max(i for i, start in enumerate(starts) if start <= place)
+        number = bisect_right(starts, place) - 1
         return number, place - starts[number]
 
     edges = [(edge(start), edge(end)) for start, end in spans]
@@ -353,12 +354,11 @@ def _skeleton(
     enclosed = []
     for (start, end), ((literal, _), _) in zip(spans, edges, strict=True):
         first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-        before = [k for k, place in enumerate(places) if first is not None and place < first]
-        if not before or last not in places or encoding.token_to_chars(places[before[-1]])[0] < starts[literal]:
+        before = (0 if first is None else bisect_left(places, first)) - 1  # the last mark before the answer
+        if before < 0 or last not in places or encoding.token_to_chars(places[before])[0] < starts[literal]:
             # No special token between the question and the answer, or none behind the answer.
             return _Skeleton(literals, edges, marks_there, None)
-        lead = encoding.ids[places[before[-1]] + 1 : first]
-        enclosed.append((before[-1], lead, places.index(last)))
+        enclosed.append((before, encoding.ids[places[before] + 1 : first], places.index(last)))
     return _Skeleton(literals, edges, marks_there, enclosed)
 
 

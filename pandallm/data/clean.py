@@ -369,8 +369,8 @@ _HANS = re.compile(f"[{HAN}]+")
 
 
 def _sample(text: str) -> str:
-    """Characters from all over a long text: a thousand tell a share as well as a million."""
-    return text[:: max(1, len(text) // 1024)]
+    """Pieces from all over a text. Neighbours: single characters might all stand at one place of their lines."""
+    return "".join(text[at : at + 256] for at in range(0, len(text), max(256, len(text) // 16)))
 
 
 def symbol_share(text: str) -> float:

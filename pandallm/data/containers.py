@@ -140,6 +140,11 @@ def members(path: str) -> list[tuple[str, int]]:
         found = _archive(path, *_stamp(path)).infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as e:  # what zipfile raises for damage
         raise Broken(str(e)) from None
+    names = [m.filename for m in found]
+    if "[Content_Types].xml" in names or names[:1] == ["mimetype"]:
+        raise Broken("an office document or e-book, not a corpus: save it as text or CSV")
+    if len(set(names)) < len(names):
+        raise Broken(f"two members are called {next(name for name in names if names.count(name) > 1)}")
     return [
         (m.filename, m.compress_size)
         for m in found

@@ -152,7 +152,8 @@ def _cut_dialogue(
     exchanges = [turns[i : i + 2] for i in range(0, len(turns), 2)]
     cut = False
     while exchanges:
-        (rendered,) = prompt.render(tokenizer, [_talk(system, exchanges)])
+        some = exchanges[: seq_len // 2 + 1]  # an exchange has two tokens at least: the rest can't fit
+        (rendered,) = prompt.render(tokenizer, [_talk(system, some)])
         fitting = sum(end <= seq_len for _, end in rendered.trained)
         (piece,) = prompt.render(tokenizer, [_talk(system, exchanges[: max(1, fitting)])])
         while fitting > 1 and len(piece.input_ids) > seq_len:  # what follows an answer may not fit

@@ -30,6 +30,7 @@ SHARE = 0.5  # of an item's n-grams in the text, or of the text's in the item: c
 RUN = 8  # n-grams an item must share for that (20 characters in a row), or all it has; a part with so many tells it
 TEXT_RUN = 50  # … and a text: shorter ones are stock phrases and single paragraphs of a law
 COMMON = 25  # an n-gram that more items hold is the set's own phrasing and tells none of them
+PASSAGE = 200  # n-grams of that kind in one item are no phrasing: so many questions are asked on one passage
 
 ARTICLE = 5000  # n-grams of one item from which it looks as if a file's layout wasn't recognised
 
@@ -210,7 +211,8 @@ def _index(hashes: NDArray[np.uint64], items: NDArray[np.int64], places: NDArray
     first = _first_of_its_kind(hashes, items, len(places))[items] == items
     hashes, items = hashes[first], items[first]
     _, which, count = np.unique(hashes, return_inverse=True, return_counts=True)
-    told = count[which] <= COMMON
+    common = count[which] > COMMON
+    told = ~common | (np.bincount(items[common], minlength=len(places)) >= PASSAGE)[items]
     hashes, items = hashes[told], items[told]
     used, items = np.unique(items, return_inverse=True)
     bitmap = np.zeros(1 << max((_BITS_A_HASH * len(hashes) - 1).bit_length(), 6) >> 3, np.uint8)

@@ -40,6 +40,7 @@ def run(path: str, overrides: list[str], ray: str | None = None) -> dict[str, An
     _check_out(out, corpus)
     tokenizer = _tokenizer(conf)
     rules = [decontaminate.FORMAT, decontaminate.SHARE, decontaminate.RUN, decontaminate.TEXT_RUN, decontaminate.COMMON]
+    rules.append(decontaminate.PASSAGE)
     items_key = files.hash_json([rules, [[item, *files.stamp(Path(item))] for item in items]])
     jobs = _jobs(conf, corpus, tokenizer, items_key if items else "")
     fingerprint = files.hash_json(

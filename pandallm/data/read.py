@@ -168,6 +168,8 @@ def records(span: Span, layout: str) -> Iterator[Record | Bad]:
 def _records(span: Span, layout: str) -> Iterator[Record | Bad]:
     if _is_parquet(span, layout):
         return containers.rows(span.path, span.start, span.end)
+    if not span.member and _packing(span.path) == "zip":
+        containers.members(span.path)  # says why it has none
     form, stream = _form(span, layout)
     if form.kind == "json lines":
         return _json_lines(stream)
@@ -266,8 +268,7 @@ def _json_form(data: bytes, whole: bool) -> _Form | None:
         lines.pop()  # cut off, or what lies behind the first lines
     if not lines and not one:
         return None
-    first = lines[0] if lines else text.strip("\ufeff \t\r\n")
-    starts_json = bool(_JSON_START.match(first[:1000]))
+    starts_json = bool(_JSON_START.match((lines[0] if lines else text.strip("\ufeff \t\r\n"))[:1000]))
     if len(lines) > 1 or (lines and not whole):
         lines = lines[:SNIFF_LINES]
         good = [line.startswith(("{", "[")) and _parses(line) for line in lines]

@@ -32,7 +32,7 @@ def run(folder: str, count: int, source: str | None, colour: bool) -> list[str]:
         for number in numbers:
             ids, mask = data.document(number)
             name, file, line = data.provenance(number)
-            lines.append(f"--- {title}, {name}, {file}:{line}, {len(ids)} tokens, {int(mask.sum())} trained")
+            lines.append(f"--- {title}, {name}, {readable(file)}:{line}, {len(ids)} tokens, {int(mask.sum())} trained")
             lines.append(_marked(tok, ids.tolist(), mask.tolist(), before, after))
         shown.append("\n".join(lines))
     return shown
@@ -83,6 +83,7 @@ def _marked(tok: PreTrainedTokenizerBase, ids: list[int], mask: list[bool], befo
         if end < len(ids):
             whole = whole.rstrip("\ufffd")
         piece = whole[shown:]
+        piece = readable(piece)  # a corpus must not steer the terminal
         text += f"{before}{piece}{after}" if trained else piece
         shown = max(shown, len(whole))
     return text

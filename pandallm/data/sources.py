@@ -101,8 +101,11 @@ def _with_one_phrasing(record: dict[str, Any], read: Reader, seed: int) -> dict[
 def recognise(record: Any) -> str | None:
     """The layout of a record: by the keys it has, or by what kind of items a list holds. None: none of LAYOUTS."""
     if isinstance(record, dict):
+        # A null is a column of another set, where several were joined into one.
+        keys = tuple(key for key, value in record.items() if value is not None)
         # Only few keys are remembered: each of a million talks of many rounds may have its own.
-        name = _by_keys(tuple(record)) if len(record) <= 32 else _by_keys.__wrapped__(tuple(record))
+        by_keys = _by_keys if len(record) <= 32 else _by_keys.__wrapped__
+        name = by_keys(keys) or by_keys(tuple(record))
         return "marked" if name == "json_text" and _is_talk(record["text"]) else name
     if isinstance(record, str):
         return "marked" if _is_talk(record) else "text"

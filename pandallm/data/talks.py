@@ -125,11 +125,11 @@ def _turns(items: Any) -> Turns:
     """Turns of {from, value}, {role, content} or (Firefly) {human, assistant}."""
     turns = []
     for item in items_of(items):
-        if "human" in item:
+        if item.get("human") is not None:
             turns += [("user", string(item, "human")), ("assistant", string(item, "assistant"))]
             continue
-        role = role_of(item["from"] if "from" in item else item["role"])
-        turns.append((role, clean(item["value"] if "value" in item else item["content"])))
+        role = role_of(item["from"] if item.get("from") is not None else item["role"])
+        turns.append((role, clean(item["value"] if item.get("value") is not None else item["content"])))
     return turns
 
 
