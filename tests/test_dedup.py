@@ -306,3 +306,22 @@ def test_real_copies_are_found(real_data: Path, tmp_path: Path) -> None:
     found = run_near(tmp_path, sketch(*lines, *copies), [len(lines)] * 2)
     assert sum(i >= 0 for i in found[: len(lines)]) <= 0.001 * len(lines) + 1
     assert np.mean([like == i for i, like in enumerate(found[len(lines) :])]) >= 0.95
+
+
+def test_questions_on_one_passage_are_no_copies() -> None:
+    """Each differs from the others in a line and an answer only; a changed copy of one is told all the same."""
+
+    def asked(question: str, answer: str, passage: str = ARTICLE) -> list[Example]:
+        return [Dialogue((("user", f"请阅读文章回答问题：{question}\n{passage}"), ("assistant", answer)))]
+
+    records = [
+        asked("卖豆腐的老人从哪里走过？", "石桥上"),
+        asked("孩子们跑过小巷时惊起了什么？", "一群麻雀"),
+        asked("渔船什么时候靠岸？", "傍晚时分"),
+        asked("孩子们跑过小巷时惊起了什么？", "一群麻雀", changed(ARTICLE, 0.05)),
+        asked("修铁路的人缺什么？", "氧气", OTHER),
+    ]
+    sketches = sketch(*map(dedup.compared, records))
+    assert by_hand(sketches) == [-1, -1, -1, 1, -1]
+    plain = [Text(ARTICLE)], asked("问？", OTHER), [Dialogue((("user", ARTICLE), ("assistant", "")))]
+    assert [dedup.compared(record) for record in plain] == [dedup.text_of(record) for record in plain]

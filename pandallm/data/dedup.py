@@ -31,6 +31,7 @@ DIGIT_SLOTS = 16
 K = QUARTERS * SLOTS + DIGIT_SLOTS
 BAND = 4  # values that make a band: 32 bits, few of which agree by chance even among 1e7 records
 BANDS = QUARTERS * SLOTS // BAND
+SHORT_LINE = 100  # characters of a line that may be a question on a passage
 SHORTEST = 32  # characters that count; of less, a few changes make another record, so it is never dropped
 
 # Share of the n-grams in common, by which a later record is dropped. One character in ten changed at random leaves 0.65
@@ -62,6 +63,25 @@ def text_of(examples: list[Example]) -> str:
     for example in examples:
         texts += [text for _, text in example.messages] if isinstance(example, Dialogue) else [example.text]
     return "\n".join(texts)
+
+
+def compared(examples: list[Example]) -> str:
+    """What of a record is sketched: its text. Where question and answer are short beside the passage they are on, each
+    fills a quarter of its own besides: there alone the records on one passage differ."""
+    text = text_of(examples)
+    turns = [turn for example in examples if isinstance(example, Dialogue) for turn in example.messages]
+    lines = [line for role, said in turns if role != "assistant" for line in said.split("\n")]
+    asked = _counted("".join(line for line in lines if len(line) <= SHORT_LINE))
+    answered = _counted("".join(said for role, said in turns if role == "assistant"))
+    size = len(_counted(text)) // 2
+    if not answered or 3 * (len(asked) + len(answered)) > 2 * size:
+        return text
+    asked = asked or answered
+    return "\n".join([text, (asked * (size // len(asked) + 1))[:size], (answered * (size // len(answered) + 1))[:size]])
+
+
+def _counted(text: str) -> str:
+    return "".join(filter(str.isalnum, text))
 
 
 def key(examples: list[Example]) -> bytes:

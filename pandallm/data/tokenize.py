@@ -27,6 +27,7 @@ from pandallm.data.clean import Clean, Cleaner
 from pandallm.data.decontaminate import Items
 from pandallm.prompt import Example, Rendered, Text
 
+RULES = 2  # grows whenever the same records would give other parts
 BATCH_RECORDS = 512  # records looked at and rendered at once; fewer where they are long
 BATCH_CHARS = 1 << 17
 SHOWN = 5  # dropped records kept as samples, of a part and cause
@@ -74,7 +75,7 @@ class Job:
             "reading": vars(self.reading),
             "clean": self.clean.model_dump(),
         }
-        return files.hash_json([shards.FORMAT, made_from])
+        return files.hash_json([shards.FORMAT, RULES, made_from])
 
 
 def part_bytes(size: int) -> int:
@@ -231,6 +232,9 @@ class _Part:
             units = ngrams.units([self._own(text) for text in texts])
             stays = self._check(batch, texts, units) if self.items else np.ones(len(batch), bool)
             if self.job.near:
+                compared = [dedup.compared(record.examples) for record in batch]
+                if compared != texts:
+                    units = ngrams.units([self._own(text) for text in compared])
                 sketches = dedup.sketches(units, len(batch))[stays]
             batch = [record for record, stay in zip(batch, stays, strict=True) if stay]
         examples = [example for record in batch for example in record.examples]
