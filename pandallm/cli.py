@@ -215,13 +215,7 @@ def evaluate(
 ) -> None:
     """Accuracy on C3 and LogiQA-v2 with intervals, and bits per character of any text."""
     if context.invoked_subcommand:
-        for parameter in context.command.params:
-            source = context.get_parameter_source(parameter.name or "")
-            if source is not None and source.name == "COMMANDLINE":
-                command = f"panda eval {context.invoked_subcommand}"
-                raise UserError(
-                    f"{parameter.opts[0]}: stands before '{context.invoked_subcommand}'; see {command} --help"
-                )
+        _refuse_options(context, context.invoked_subcommand)
         return
     if bool(model) == bool(checkpoints):
         raise UserError("--model is needed (a folder, hub id or built-in name), or --checkpoints, and not both")
@@ -255,6 +249,14 @@ def evaluate(
             for name, folder in found.items()
         }
     _print(results if checkpoints else results[""], as_json)
+
+
+def _refuse_options(context: typer.Context, subcommand: str) -> None:
+    """UserError for options that stand before a subcommand, which would not see them."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{parameter.opts[0]}: stands before '{subcommand}'; see panda eval {subcommand} --help")
 
 
 @eval_app.command(epilog="Example: panda eval compare runs/eval/base runs/eval/tuned")

@@ -164,12 +164,9 @@ def _real_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
     """The path in `data` of a problem's `loc`, into which pydantic puts the names of union members too."""
     path: KeyPath = ()
     for part in loc:
-        if (
-            isinstance(data, dict)
-            and part in data
-            or (isinstance(data, list) and isinstance(part, int) and part < len(data))
-        ):
-            data = data[part]  # type: ignore[index]
+        within = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if within or (isinstance(data, dict) and part in data):
+            data = data[part]
             path += (part,)
     return path
 

@@ -38,6 +38,7 @@ CHINESE, HAN = 13, 11  # characters of an n-gram; Chinese ones it has at least
 OTHER = 40  # characters of an n-gram of any script
 
 FORMAT = 1
+RULES = (FORMAT, SHARE, RUN, TEXT_RUN, COMMON, PASSAGE)  # what an index and its verdicts depend on
 _BATCH_CHARS = 1 << 20
 _BIT = np.uint8(1) << np.arange(8, dtype=np.uint8)
 _BITS_A_HASH = 32  # of the bitmap: one unknown n-gram in 32 is looked up in vain

@@ -39,9 +39,7 @@ def run(path: str, overrides: list[str], ray: str | None = None) -> dict[str, An
     items = [str(f) for p in conf.decontaminate for f in read.files_of(Path(p), f"{path}: decontaminate")]
     _check_out(out, corpus)
     tokenizer = _tokenizer(conf)
-    rules = [decontaminate.FORMAT, decontaminate.SHARE, decontaminate.RUN, decontaminate.TEXT_RUN, decontaminate.COMMON]
-    rules.append(decontaminate.PASSAGE)
-    items_key = files.hash_json([rules, [[item, *files.stamp(Path(item))] for item in items]])
+    items_key = files.hash_json([decontaminate.RULES, [[item, *files.stamp(Path(item))] for item in items]])
     jobs = _jobs(conf, corpus, tokenizer, items_key if items else "")
     fingerprint = files.hash_json(
         [conf.model_dump(exclude={"workers"}), [[job.name, job.fingerprint()] for job in jobs]]

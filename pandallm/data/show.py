@@ -82,8 +82,7 @@ def _marked(tok: PreTrainedTokenizerBase, ids: list[int], mask: list[bool], befo
         whole = str(tok.decode(ids[:end], clean_up_tokenization_spaces=False))
         if end < len(ids):
             whole = whole.rstrip("\ufffd")
-        piece = whole[shown:]
-        piece = readable(piece)  # a corpus must not steer the terminal
+        piece = readable(whole[shown:])  # a corpus must not steer the terminal
         text += f"{before}{piece}{after}" if trained else piece
         shown = max(shown, len(whole))
     return text

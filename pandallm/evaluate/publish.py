@@ -303,22 +303,8 @@ def _bits(found: list[Run]) -> Section:
 
 
 def _made(found: list[Run]) -> Section:
-    lines = [
-        [
-            "model",
-            "name",
-            "split",
-            "limit",
-            "chat format",
-            "shots",
-            "orders",
-            "precision",
-            "backend",
-            "device",
-            "seconds",
-        ]
-        + ["commit", "folder"]
-    ]
+    heads = ["model", "name", "split", "limit", "chat format", "shots", "orders", "precision", "backend"]
+    lines = [[*heads, "device", "seconds", "commit", "folder"]]
     for run in found:
         given, entry = run.results.get("arguments", {}), next(iter(run.entries.values()))
         what = (

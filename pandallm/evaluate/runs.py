@@ -94,7 +94,8 @@ def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
 
 def _how(both: list[Any], a: Row, b: Row) -> dict[str, list[Any]]:
     """What may differ between two runs besides the model, with both values."""
-    told = {name: [entry.get(name) for entry in (a, b)] for name in ("chat_format", "shots", "examples")}
+    names = ["chat_format", "shots", *(["examples"] if a.get("shots") == b.get("shots") else [])]
+    told = {name: [entry.get(name) for entry in (a, b)] for name in names}
     return told | {"precision": [results.get("precision") for results in both]}
 
 

@@ -92,7 +92,7 @@ class Between:
         self.progress.measured(line)
         lines = self.progress.heldout
         if self.measure.conf.keep_best and step and heldout.best_so_far(lines) == len(lines) - 1:
-            self.best.wait(self.engine.total)
+            self.finish()
             self.best.begin(self.out / "best", *self._model(""))
         return heldout.why_stop(self.measure.conf, lines)
 
@@ -107,7 +107,8 @@ class Between:
     def save(self, step: int, keep_all: bool = False) -> None:
         """Begins a checkpoint; training goes on once the copies are made, and the one before is written."""
         self.progress.sync()
-        self.finish()
+        if self.checkpoints.busy:
+            self.finish()
         content, rest = self._model("model/")
         if pieces := self.engine.pieces():
             content[f"state-{self._rank:05d}.safetensors"] = pieces

@@ -99,7 +99,8 @@ def _train(
             between.measured(0)
         flops = partial(batch_flops, engine.module.model)
         # Killed after the measurement that ended it, the run has ended all the same.
-        record["stopped"] = measure and first_step > 1 and heldout.why_stop(measure.conf, progress.heldout) or None
+        if measure and progress.heldout:
+            record["stopped"] = heldout.why_stop(measure.conf, progress.heldout)
         if not record["stopped"]:
             record["stopped"] = loop.train(engine, loader, conf, plan, first_step, flops, progress, between)
         between.finish()
